@@ -1,0 +1,1 @@
+"""Quantisation of single tensors and layers, in plain torch."""

@@ -1,0 +1,246 @@
+"""The module that stores a quantised weight: what HQQLinear and HQQEmbedding share."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hqq.core.backend import HQQBackend, Selection, select
+from hqq.core.config import LegacyConfig
+from hqq.core.devices import DeviceLike, resolve_device
+from hqq.core.dtypes import check_compute_dtype
+from hqq.core.layer_state import LayerStateMixin
+from hqq.core.meta import meta_of, qtensor_from_meta
+from hqq.core.meta_view import MetaView
+from hqq.core.metadata import QuantizedMetadata
+from hqq.core.qtensor import QSpec, QTensor
+from hqq.errors import NotQuantizedError
+
+_TENSORS = ("W_q", "bias")
+
+
+class QuantizedModule(LayerStateMixin, nn.Module):
+    """Packed codes as a parameter without gradient, scale and zero as buffers (or as modules where quantised).
+
+    The nn.Module protocol holds: `.to()` moves everything, a dtype changes the compute dtype and never the codes,
+    copies and pickles are independent layers. `state_dict` is the wire format of the original.
+    """
+
+    backend: HQQBackend = HQQBackend.PYTORCH
+
+    W_q: nn.Parameter | None
+    bias: nn.Parameter | None
+    scale: Tensor | None
+    zero: Tensor | None
+
+    def __init__(self, compute_dtype: torch.dtype, device: DeviceLike) -> None:
+        super().__init__()
+        self.register_parameter("W_q", None)
+        self.register_parameter("bias", None)
+        self.register_buffer("scale", None)
+        self.register_buffer("zero", None)
+        self.add_module("scale_quantized", None)
+        self.add_module("zero_quantized", None)
+        self._spec: QSpec | None = None
+        self._extra_meta: dict[str, Any] = {}
+        self._selection: Selection | None = None
+        self._selected_for: HQQBackend | None = None
+        self._compute_dtype = check_compute_dtype(compute_dtype)
+        self._device = device
+        self.quant_config: LegacyConfig | None = None
+        self.offload_meta: bool | None = None
+        self.encoded_state_dict = True
+        self.in_gpu = False
+
+    # What old callers read and write
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            return  # the weight is the codes; callers that attach a dummy weight lose nothing
+        if name in _TENSORS and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value.detach(), requires_grad=False)
+        super().__setattr__(name, value)
+
+    @property
+    def weight(self) -> Tensor:
+        """An empty tensor (length 0) of the compute dtype on the layer's device: the weight exists only as codes."""
+        return torch.empty(0, dtype=self.compute_dtype, device=self.device)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of scale, zero, bias and the dequantised weight. Setting it casts them."""
+        return self._compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype) -> None:
+        if check_compute_dtype(dtype) != self._compute_dtype:
+            self._compute_dtype = dtype
+            self.to(dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are, or, before there are any, where they will be."""
+        return self.W_q.device if self.W_q is not None else resolve_device(self._device)
+
+    @device.setter
+    def device(self, device: DeviceLike) -> None:
+        self._device = device
+
+    @property
+    def meta(self) -> MetaView | None:
+        """The description as a dict that writes through to the layer, or None before quantisation."""
+        return MetaView(self) if self._spec is not None else None
+
+    @meta.setter
+    def meta(self, meta: Mapping[str, Any] | None) -> None:
+        if meta is None:
+            self._clear_meta()
+            return
+        W_q = self.W_q if self.W_q is not None else torch.empty(0)
+        q = qtensor_from_meta(W_q, meta, check=self.W_q is not None)
+        self._set_spec(q.spec)
+        self._set_stats(q)
+        known = {*meta_of(q, self._compute_dtype), "zero_scale", "channel_wise", "optimize", "round_zero"}
+        self._extra_meta = {key: value for key, value in meta.items() if key not in known}
+
+    def _meta_dict(self) -> dict[str, Any]:
+        if self._spec is None:
+            return {}
+        W_q = self.W_q if self.W_q is not None else torch.empty(0)
+        meta = meta_of(QTensor(W_q, self._stat("scale"), self._stat("zero"), self._spec), self._compute_dtype)
+        return {key: value for key, value in {**meta, **self._extra_meta}.items() if value is not None or key == "group_size"}
+
+    def _delete_meta(self, key: str) -> None:
+        if key in ("scale", "zero") and getattr(self, key) is not None:
+            setattr(self, key, None)
+        else:
+            del self._extra_meta[key]
+
+    # The tensors
+
+    @property
+    def ready(self) -> bool:
+        """Whether the layer holds a quantised weight."""
+        return self.is_initialized()
+
+    def is_initialized(self) -> bool:
+        """Whether the layer holds a quantised weight."""
+        return self.W_q is not None and self._spec is not None
+
+    def qtensor(self) -> QTensor:
+        """Return the quantised weight; raises NotQuantizedError if there is none."""
+        if self.W_q is None or self._spec is None:
+            raise NotQuantizedError(
+                f"got a {type(self).__name__} without a quantised weight; "
+                "call initialize(), quantize(W, **quant_config) or load_state_dict(...) first"
+            )
+        return QTensor(self.W_q, self._stat("scale"), self._stat("zero"), self._spec)
+
+    def _stat(self, name: str) -> Any:
+        quantized = self._modules[f"{name}_quantized"]
+        return quantized.qtensor() if isinstance(quantized, QuantizedMetadata) else getattr(self, name)
+
+    def _set_qtensor(self, q: QTensor) -> None:
+        """Take over `q` on the layer's device, scale and zero in the compute dtype."""
+        target = resolve_device(self._device)
+        self.W_q = nn.Parameter(q.W_q.detach().to(target).contiguous(), requires_grad=False)
+        self._set_spec(q.spec)
+        self._set_stats(q)
+        self.in_gpu = target.type == "cuda"
+
+    def _set_spec(self, spec: QSpec) -> None:
+        self._spec = spec
+        self._selection = None
+
+    def _set_stats(self, q: QTensor) -> None:
+        target = self.W_q.device if self.W_q is not None else resolve_device(self._device)
+        for name, stat in (("scale", q.scale), ("zero", q.zero)):
+            if isinstance(stat, QTensor):
+                setattr(self, name, None)
+                setattr(self, f"{name}_quantized", QuantizedMetadata(stat).to(target, self._compute_dtype))
+            else:
+                setattr(self, f"{name}_quantized", None)
+                setattr(self, name, stat.detach().to(target, self._compute_dtype).contiguous())
+
+    def _clear_meta(self) -> None:
+        self._spec = None
+        self._selection = None
+        self._extra_meta = {}
+        for name in ("scale", "zero", "scale_quantized", "zero_quantized"):
+            setattr(self, name, None)
+
+    def _scale_and_zero(self) -> tuple[Tensor, Tensor]:
+        scale, zero = self._stat("scale"), self._stat("zero")
+        if isinstance(scale, QTensor):
+            scale = scale.dequantize(self._compute_dtype)
+        if isinstance(zero, QTensor):
+            zero = zero.dequantize(self._compute_dtype)
+        return scale, zero
+
+    # Moving
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
+        W_q = self.W_q
+        fmt = self._spec.format if self._spec is not None else None
+        if W_q is None or fmt is None or W_q.dtype == fmt.dtype:
+            super()._apply(fn, recurse)
+        else:
+            # Codes under a float dtype: a cast must not take them for numbers.
+            viewed_as = W_q.dtype
+            self.W_q = nn.Parameter(W_q.data.view(fmt.dtype), requires_grad=False)
+            super()._apply(fn, recurse)
+            self.W_q = nn.Parameter(self.W_q.data.view(viewed_as), requires_grad=False)
+        self._follow_tensors()
+        return self
+
+    def _follow_tensors(self) -> None:
+        """Take device and compute dtype from the tensors, after something moved or cast them."""
+        self._selection = None
+        if self.W_q is not None:
+            self._device = self.W_q.device
+            self.in_gpu = self.W_q.is_cuda
+        dtypes: Iterable[Tensor | None] = (self.scale, getattr(self.scale_quantized, "scale", None))
+        for tensor in dtypes:
+            if tensor is not None:
+                self._compute_dtype = tensor.dtype
+
+    def cuda(self, device: DeviceLike | torch.dtype = None) -> QuantizedModule:  # type: ignore[override]
+        """Move to `device` (any device, despite the name; default CUDA) and return self; a dtype means no move."""
+        if isinstance(device, torch.dtype):
+            return self
+        return self.to(resolve_device("cuda" if device is None else device))
+
+    def type(self, dst_type: Any) -> QuantizedModule:
+        """Cast the compute dtype; codes keep theirs."""
+        return self.to(dst_type)
+
+    # Backends
+
+    @classmethod
+    def set_backend(cls, backend: HQQBackend) -> None:
+        """Make `backend` the one that every layer of this class dequantises with, existing layers included."""
+        cls.backend = HQQBackend(backend)
+
+    def selection(self) -> Selection:
+        """Return the backend this layer uses and, if it is not the one asked for, the reason."""
+        if self._selection is None or self._selected_for is not self.backend:
+            q = self.qtensor()
+            self._selection = select(self.backend.value, q.spec, self._compute_dtype, q.W_q.device)
+            self._selected_for = self.backend
+        return self._selection
+
+    def dequantize(self) -> Tensor:
+        """Return the weight that the codes stand for, in the compute dtype."""
+        q = self.qtensor()
+        scale, zero = self._scale_and_zero()
+        return self.selection().backend.dequantize(q.W_q, scale, zero, q.spec, self._compute_dtype)
+
+    def unpack(self, reshape: bool = False, dtype: torch.dtype | None = None) -> Tensor | None:
+        """Return the codes as the grouped matrix (or in the weight's shape) in `dtype` (default: compute dtype)."""
+        if not self.is_initialized():
+            return None
+        q = self.qtensor()
+        codes = q.codes(dtype or self._compute_dtype)
+        return q.spec.grouping.ungroup(codes) if reshape else codes

@@ -1,0 +1,29 @@
+"""How scale, zero and codes of a weight's groups are found.
+
+A solver is a function `solve(W, dim, max_code, *, round_zero, storage_dtype) -> Solution` over a grouped matrix; the
+registry below names those that a configuration may ask for.
+"""
+
+from __future__ import annotations
+
+from hqq.core.solvers.base import GroupSolver, Solution
+from hqq.core.solvers.half_quadratic import solve_half_quadratic
+from hqq.core.solvers.min_max import solve_min_max
+from hqq.errors import ConfigError
+
+__all__ = ["DEFAULT_SOLVER", "SOLVERS", "GroupSolver", "Solution", "get_solver"]
+
+SOLVERS: dict[str, GroupSolver] = {
+    "hqq": solve_half_quadratic,
+    "minmax": solve_min_max,
+}
+
+DEFAULT_SOLVER = "hqq"
+
+
+def get_solver(name: str | None) -> GroupSolver:
+    """Return the solver called `name` (None: the default); raises ConfigError for an unknown name."""
+    try:
+        return SOLVERS[name or DEFAULT_SOLVER]
+    except KeyError:
+        raise ConfigError(f"got solver={name!r}; expected one of {', '.join(SOLVERS)}") from None
