@@ -90,7 +90,7 @@ def _documents(root: Path) -> Iterator[Document]:
     seen: set[str] = set()
     for path in sorted(file.relative_to(root).as_posix() for file in root.rglob("*.py")):
         parts = PurePosixPath(path).parts
-        # `config-<platform>` and `_sysconfigdata*` are written when Python is built, with that machine's paths
+        # `config-<platform>` and `_sysconfigdata*` are written by Python's build and hold its paths.
         if _SKIPPED_FOLDERS & set(parts[:-1]) or parts[0].startswith(("config-", "_sysconfigdata")):
             continue
         try:

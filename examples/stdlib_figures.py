@@ -60,6 +60,7 @@ def model_card(figures: Mapping[str, Any], config: Mapping[str, Any], sample: st
         "parameters": figures["parameters"],
         "megabytes": figures["weight_bytes"] / 1e6,
         "context": figures["context"],
+        "train_perplexity": figures["train_perplexity"],
         "perplexity": held_out["perplexity"],
         "bits_per_byte": held_out["bits_per_byte"],
         "held_out_bytes": held_out["bytes"],

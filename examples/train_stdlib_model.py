@@ -180,7 +180,6 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_float32_matmul_precision("highest")  # the figures are float32 ones
     figures, sample = saved_figures(folder, streams["train"])
     figures["training"] = training_figures(run, plan, len(streams["train"]), device)
-    figures["training"]["train_perplexity"] = figures.pop("train_perplexity")
     figures["corpus"] = corpus_figures(corpus, streams)
     versions = {library.__name__: library.__version__ for library in (torch, transformers, tokenizers)}
     figures["versions"] = {"python": platform.python_version(), **versions}

@@ -21,7 +21,6 @@ sys.path.insert(0, str(EXAMPLES))
 
 import stdlib_corpus  # noqa: E402
 import stdlib_figures  # noqa: E402
-import stdlib_tokenizer  # noqa: E402
 import stdlib_training  # noqa: E402
 import train_stdlib_model  # noqa: E402
 
@@ -219,7 +218,8 @@ class TestShippedModel:
         assert all(size % 128 == 0 for tensor in tensors.values() for size in tensor.shape)
 
     def test_any_text_round_trips(self, tokenizer: Any) -> None:
-        points = [chr(random.choice([*range(1, 0xD800), *range(0xE000, 0x110000)])) for _ in range(500)]
+        characters = [*map(chr, range(1, 0xD800)), *map(chr, range(0xE000, 0x110000))]
+        points = random.choices(characters, k=500)
         shipped = (SHIPPED / "heldout.txt").read_bytes().decode()
         for text in ("".join(points), "\r\n\t if x :\n\n   y\t\n", shipped):
             ids = tokenizer(text, verbose=False)["input_ids"]
