@@ -5,24 +5,20 @@ from __future__ import annotations
 import json
 import math
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stdlib_corpus
+import stdlib_figures
+import stdlib_training
 import torch
+import train_stdlib_model
+import transformers
 from safetensors import safe_open
 
-transformers = pytest.importorskip("transformers")
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-SHIPPED = EXAMPLES / "stdlib-llama"
-sys.path.insert(0, str(EXAMPLES))
-
-import stdlib_corpus  # noqa: E402
-import stdlib_figures  # noqa: E402
-import stdlib_training  # noqa: E402
-import train_stdlib_model  # noqa: E402
+SHIPPED = Path(train_stdlib_model.__file__).with_name("stdlib-llama")
 
 
 def line_runs(text: str, length: int = 8) -> list[int]:
