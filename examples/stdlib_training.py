@@ -57,7 +57,7 @@ def model_config(vocabulary: int) -> dict[str, Any]:
 class Plan:
     """How to train: limits (the first one reached ends it), batch size in windows, peak rate, seed."""
 
-    epochs: float = 40.0
+    epochs: float = 12.0
     minutes: float = 4.0
     steps: int | None = None
     batch_size: int = 32
