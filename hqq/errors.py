@@ -15,6 +15,7 @@ __all__ = [
     "DeviceFallbackWarning",
     "DtypeError",
     "HQQError",
+    "IdRangeError",
     "MissingKeysError",
     "NotQuantizedError",
     "QuantizationWarning",
@@ -41,6 +42,10 @@ class ShapeError(HQQError, ValueError):
 
 class DtypeError(HQQError, TypeError):
     """A tensor has a dtype that the operation does not take."""
+
+
+class IdRangeError(HQQError, IndexError):
+    """An embedding was asked for a row that it does not have."""
 
 
 class NotQuantizedError(HQQError, RuntimeError):

@@ -97,7 +97,7 @@ def get_backend(name: str) -> DequantBackend:
 
 
 def select(name: str, spec: QSpec, compute_dtype: torch.dtype, device: torch.device) -> Selection:
-    """Return the backend called `name` if it runs here and takes this description, else the reference and the reason."""
+    """Return the backend called `name` if it runs here and takes `spec`, else the reference and the reason."""
     backend = get_backend(name)
     reason = backend.available() or backend.supports(spec, compute_dtype, device)
     return Selection(backend, name) if reason is None else Selection(EAGER, name, reason)

@@ -70,12 +70,18 @@ def max_code(nbits: float) -> int:
     return round(2**nbits - 1)
 
 
+def check_nbits(nbits: float) -> float:
+    """Return `nbits` as one of SUPPORTED_BITS (an int, but for 1.58); raises ConfigError for any other value."""
+    if isinstance(nbits, bool) or not isinstance(nbits, (int, float)) or nbits not in FORMAT_OF_BITS:
+        raise ConfigError(f"got nbits={nbits!r}; expected one of {', '.join(map(str, SUPPORTED_BITS))}")
+    return int(nbits) if float(nbits).is_integer() else nbits
+
+
 def format_named(name: str) -> PackFormat:
     """Return the format called `name`; raises ConfigError for a name that is not in the table."""
-    try:
-        return FORMATS[name]
-    except KeyError:
-        raise ConfigError(f"got packing={name!r}; expected one of {', '.join(FORMATS)}") from None
+    if not isinstance(name, str) or name not in FORMATS:
+        raise ConfigError(f"got packing={name!r}; expected one of {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
 def pack(codes: Tensor, fmt: PackFormat) -> Tensor:

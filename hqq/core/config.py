@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any
 
-from hqq.core.bitpack import SUPPORTED_BITS
+from hqq.core.bitpack import check_nbits
 from hqq.core.solvers import SOLVERS
 from hqq.errors import ConfigError
 
@@ -49,12 +50,13 @@ class QuantConfig:
     solver: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.nbits, bool) or self.nbits not in SUPPORTED_BITS:
-            raise ConfigError(f"got nbits={self.nbits!r}; expected one of {', '.join(map(str, SUPPORTED_BITS))}")
+        object.__setattr__(self, "nbits", check_nbits(self.nbits))
         gs = self.group_size
         if gs is not None and (isinstance(gs, bool) or not isinstance(gs, int) or gs < 1):
-            raise ConfigError(f"got group_size={gs!r}; expected a positive integer, or None for whole channels")
-        if isinstance(self.axis, bool) or self.axis not in (0, 1):
+            raise ConfigError(
+                f"got group_size={gs!r}; expected a positive integer, or None for whole channels"
+            )
+        if isinstance(self.axis, bool) or not isinstance(self.axis, int) or self.axis not in (0, 1):
             raise ConfigError(f"got axis={self.axis!r}; expected 0 or 1")
         if self.solver is not None and self.solver not in SOLVERS:
             raise ConfigError(f"got solver={self.solver!r}; expected one of {', '.join(SOLVERS)}, or None")
@@ -117,7 +119,9 @@ def complete_config(config: Mapping[str, Any]) -> LegacyConfig:
         )
     unknown = set(config) - {*_SECTIONS, "offload_meta"}
     if unknown:
-        raise ConfigError(f"got unknown config keys {sorted(unknown)}; expected {', '.join(_SECTIONS)}, offload_meta")
+        raise ConfigError(
+            f"got unknown config keys {sorted(unknown)}; expected {', '.join(_SECTIONS)}, offload_meta"
+        )
     weight = {"channel_wise": True, "optimize": True, "round_zero": False, "axis": 0, "view_as_float": False}
     weight.update(config["weight_quant_params"])
     missing = [key for key in ("nbits", "group_size") if key not in weight]

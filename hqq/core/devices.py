@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import Union
+from typing import TypeAlias
 
 import torch
 
 from hqq.errors import DeviceFallbackWarning
 
-DeviceLike = Union[str, int, torch.device, None]
+DeviceLike: TypeAlias = "str | int | torch.device | None"
 
 
 def resolve_device(device: DeviceLike, default: torch.device | None = None) -> torch.device:

@@ -9,7 +9,8 @@ from hqq.errors import DtypeError
 COMPUTE_DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _BY_NAME: dict[str, torch.dtype] = {
-    str(dtype): dtype for dtype in (*COMPUTE_DTYPES, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    str(dtype): dtype
+    for dtype in (*COMPUTE_DTYPES, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 }
 
 

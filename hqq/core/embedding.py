@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,12 @@ from hqq.core.devices import DeviceLike
 from hqq.core.linear import HQQLinear
 from hqq.core.qtensor import QSpec
 from hqq.core.quantized_module import QuantizedModule
-from hqq.errors import ShapeError
+from hqq.errors import DtypeError, IdRangeError, ShapeError
 
 
 def gather_rows(W_q: Tensor, scale: Tensor, zero: Tensor, spec: QSpec, rows: Tensor) -> Tensor:
     """Return rows `rows` [R] (int64) of the quantised matrix of spec.shape [N, K] as [R, K] in scale's dtype."""
-    N, K = spec.shape
+    K = spec.shape[1]
     flat = rows.unsqueeze(-1) * K + torch.arange(K, device=rows.device)
     width = spec.grouping.matrix_shape[1]
     row, column = flat // width, flat % width
@@ -26,6 +27,8 @@ def gather_rows(W_q: Tensor, scale: Tensor, zero: Tensor, spec: QSpec, rows: Ten
         codes = W_q[row, column]
     else:
         codes = _gather_fields(W_q if W_q.dtype == fmt.dtype else W_q.view(fmt.dtype), row, column, fmt)
+    if not spec.channel_wise:
+        return (codes.to(scale.dtype) - zero) * scale
     group = row if spec.axis == 1 else column
     return (codes.to(scale.dtype) - zero.flatten()[group]) * scale.flatten()[group]
 
@@ -34,6 +37,12 @@ def _gather_fields(W_q: Tensor, row: Tensor, column: Tensor, fmt: PackFormat) ->
     packed_rows = W_q.shape[0]
     shifts = torch.tensor(fmt.shifts, device=W_q.device, dtype=torch.int32)[row // packed_rows]
     return (W_q[row % packed_rows, column].to(torch.int32) >> shifts) & fmt.mask
+
+
+def _check_range(ids: Tensor, rows: int) -> None:
+    # Elsewhere than on the CPU the check would wait for the device.
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= rows):
+        raise IdRangeError(f"got ids from {int(ids.min())} to {int(ids.max())}; expected 0 to {rows - 1}")
 
 
 class HQQEmbedding(QuantizedModule):
@@ -78,8 +87,8 @@ class HQQEmbedding(QuantizedModule):
         layer.quant_config, layer.offload_meta = linear.quant_config, linear.offload_meta
         layer.W_q = linear.W_q
         layer._set_spec(spec)
-        for name in ("scale", "zero", "scale_quantized", "zero_quantized"):
-            setattr(layer, name, getattr(linear, name))
+        for name in ("scale", "zero"):
+            layer._set_stat(name, getattr(linear, name), linear._quantized_stat(name))
         return layer
 
     @property
@@ -91,12 +100,21 @@ class HQQEmbedding(QuantizedModule):
     def _features_from_shape(self) -> None:
         assert self._spec is not None
         if len(self._spec.shape) != 2:
-            raise ShapeError(f"got a table of shape {self._spec.shape}; expected [num_embeddings, embedding_dim]")
+            raise ShapeError(
+                f"got a table of shape {self._spec.shape}; expected [num_embeddings, embedding_dim]"
+            )
         self.num_embeddings, self.embedding_dim = self._spec.shape
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return the rows of `ids` (integers, any shape) as [*ids.shape, embedding_dim] in the compute dtype."""
+        """Return the rows of `ids` (integers, any shape) as [*ids.shape, embedding_dim] in the compute dtype.
+
+        Raises DtypeError for ids that are not integers, IdRangeError (on the CPU) for ids outside the table.
+        """
         q = self.qtensor()
+        if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+            raise DtypeError(f"got ids of {ids.dtype}; expected an integer dtype")
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_range(ids, q.spec.shape[0])
         scale, zero = self._scale_and_zero()
         rows = gather_rows(q.W_q, scale, zero, q.spec, ids.reshape(-1).long())
         return rows.reshape(*ids.shape, q.spec.shape[1])

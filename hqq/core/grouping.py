@@ -6,7 +6,7 @@ A tensor is seen as a matrix whose groups are its rows (axis=1) or its columns (
 - axis=0: `W.reshape(group_size, -1)`, a group is one column. For W [N, K] with group_size | N, element (n, k) is in
   group `(n mod R) * K + k` with R = N / group_size.
 - group_size=None: whole channel, a row (axis=1) or a column (axis=0) of `W.reshape(shape[0], -1)`.
-- per_tensor: the whole tensor is one group and keeps its own shape (used for quantised zeros).
+- per_tensor: the whole tensor is one group (used for quantised zeros); without a group_size it keeps its own shape.
 """
 
 from __future__ import annotations
@@ -29,15 +29,21 @@ class Grouping:
     per_tensor: bool = False
 
     def __post_init__(self) -> None:
-        if self.axis not in (0, 1):
-            raise ConfigError(f"got axis={self.axis!r}; expected 0 (groups are columns) or 1 (groups are rows)")
+        if isinstance(self.axis, bool) or not isinstance(self.axis, int) or self.axis not in (0, 1):
+            raise ConfigError(
+                f"got axis={self.axis!r}; expected 0 (groups are columns) or 1 (groups are rows)"
+            )
         if self.numel == 0:
-            raise ShapeError(f"got an empty tensor of shape {tuple(self.shape)}; expected at least one element")
-        if self.per_tensor or self.group_size is None:
+            raise ShapeError(
+                f"got an empty tensor of shape {tuple(self.shape)}; expected at least one element"
+            )
+        if self.group_size is None:
             return
         gs = self.group_size
         if isinstance(gs, bool) or not isinstance(gs, int) or gs < 1:
-            raise ConfigError(f"got group_size={gs!r}; expected a positive integer, or None for whole channels")
+            raise ConfigError(
+                f"got group_size={gs!r}; expected a positive integer, or None for whole channels"
+            )
         if self.numel % gs:
             raise ConfigError(
                 f"group_size={gs} does not divide the {self.numel} elements of a tensor of shape "
@@ -52,9 +58,9 @@ class Grouping:
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """Shape of the grouped matrix, [G, gs] for axis=1 and [gs, G] for axis=0."""
-        if self.per_tensor:
-            return self.shape
         if self.group_size is None:
+            if self.per_tensor:
+                return self.shape
             rows = self.shape[0] if len(self.shape) > 1 else 1
             return (rows, self.numel // rows)
         rest = self.numel // self.group_size

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Mapping
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hqq.core.meta import meta_of, qtensor_from_meta
+from hqq.core.qtensor import QTensor
 from hqq.core.wire import LAYER_KEYS, NESTED_KEYS, QUANTIZED_STAT_KEYS, decode_state, encode_state
-from hqq.errors import HQQError, MissingKeysError, ShapeError
+from hqq.errors import CorruptCheckpointError, HQQError, MissingKeysError, ShapeError, WeightError
 
 if TYPE_CHECKING:
     from hqq.core.quantized_module import QuantizedModule
 
 _WEIGHT_PARAMS = ("nbits", "channel_wise", "group_size", "optimize", "round_zero", "axis", "view_as_float")
 _REQUIRED = ("W_q", "nbits", "shape", "axis")
-_KNOWN = {*LAYER_KEYS, *QUANTIZED_STAT_KEYS, *NESTED_KEYS, "bias", "meta", "scale_quant_params", "zero_quant_params"}
+_KNOWN = {
+    *LAYER_KEYS,
+    *QUANTIZED_STAT_KEYS,
+    *NESTED_KEYS,
+    "bias",
+    "meta",
+    "scale_quant_params",
+    "zero_quant_params",
+}
 
 
 def layer_state(layer: QuantizedModule, encoded: bool) -> dict[str, Any]:
@@ -39,11 +49,12 @@ def layer_state(layer: QuantizedModule, encoded: bool) -> dict[str, Any]:
 
 def missing_keys(state: Mapping[str, Any]) -> list[str]:
     """Return the keys without which `state` (no prefix) does not describe a layer."""
-    if "meta" in state:
-        return [] if "W_q" in state else ["W_q"]
-    missing = [key for key in _REQUIRED if key not in state]
-    if "zero_scale" not in state:
-        missing += [key for key in ("scale", "zero") if key not in state and f"{key}_q" not in state]
+    present = {key for key, value in state.items() if value is not None}
+    if "meta" in present:
+        return [] if "W_q" in present else ["W_q"]
+    missing = [key for key in _REQUIRED if key not in present]
+    if "zero_scale" not in present:
+        missing += [key for key in ("scale", "zero") if not {key, f"{key}_q"} & present]
     return missing
 
 
@@ -55,17 +66,20 @@ def unexpected_keys(state: Mapping[str, Any]) -> list[str]:
 def load_layer_state(layer: QuantizedModule, state: Mapping[str, Any]) -> None:
     """Make `layer` hold what `state` (no prefix; encoded or raw, of any version) describes; `state` is not changed.
 
-    Raises ShapeError if the layer has a weight of another shape, and what decoding raises. The layer is only
-    changed once everything has been read.
+    Raises ShapeError if the layer has a weight of another shape, CorruptCheckpointError for values that are not
+    what their keys say, and what decoding raises. The layer is only changed once everything has been read.
     """
     decoded = decode_state(state)
-    meta = dict(decoded["meta"]) if "meta" in decoded else decoded
-    if "group_size" not in meta:
-        meta["group_size"] = None
+    meta = _mapping(decoded["meta"], "meta") if "meta" in decoded else decoded
+    meta.setdefault("group_size", None)
+    _check_types(decoded, meta)
     q = qtensor_from_meta(decoded["W_q"], meta)
+    _check_values(q, layer.compute_dtype)
     expected = layer._spec.shape if layer._spec is not None else layer._declared_shape
-    if expected is not None and tuple(q.spec.shape) != tuple(expected):
-        raise ShapeError(f"got a quantised weight of shape {tuple(q.spec.shape)}; the layer's is {tuple(expected)}")
+    if expected is not None and q.spec.shape != expected:
+        raise ShapeError(f"got a quantised weight of shape {q.spec.shape}; the layer's is {expected}")
+    if len(q.spec.shape) != 2:
+        raise ShapeError(f"got a quantised weight of shape {q.spec.shape}; expected two dimensions [out, in]")
     bias = decoded.get("bias")
     if bias is not None and bias.shape != (q.spec.shape[0],):
         raise ShapeError(f"got a bias of shape {tuple(bias.shape)}; expected ({q.spec.shape[0]},)")
@@ -74,6 +88,44 @@ def load_layer_state(layer: QuantizedModule, state: Mapping[str, Any]) -> None:
     layer._set_qtensor(q)
     layer.bias = None if bias is None else bias.detach().to(layer.device, layer.compute_dtype)
     layer._features_from_shape()
+
+
+def _mapping(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise CorruptCheckpointError(f"got {key} of type {type(value).__name__}; expected a dict")
+    return dict(value)
+
+
+def _check_types(decoded: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    """Raise CorruptCheckpointError for values of a type that no version writes."""
+    values = [(key, decoded.get(key)) for key in ("W_q", "bias")]
+    for part in (meta, *(_mapping(meta[key], key) for key in NESTED_KEYS if meta.get(key) is not None)):
+        values += [(key, part.get(key)) for key in ("scale", "zero", *QUANTIZED_STAT_KEYS)]
+        shape = part.get("shape")
+        if not isinstance(shape, (tuple, list)) or not all(isinstance(s, int) and s > 0 for s in shape):
+            raise CorruptCheckpointError(f"got shape={shape!r}; expected positive integers")
+    for key, value in values:
+        if value is not None and not isinstance(value, Tensor):
+            raise CorruptCheckpointError(f"got {key} of type {type(value).__name__}; expected a tensor")
+
+
+def _check_values(q: QTensor, compute_dtype: torch.dtype) -> None:
+    """Raise CorruptCheckpointError unless all scales and zeros are finite, and stay so in `compute_dtype`."""
+    for name, stat in (("scale", q.scale), ("zero", q.zero)):
+        if isinstance(stat, QTensor):
+            _check_values(stat, compute_dtype)
+            continue
+        if stat.device.type == "meta" or bool(torch.isfinite(stat.to(compute_dtype)).all()):
+            continue
+        if bool(torch.isfinite(stat).all()):
+            raise WeightError(
+                f"got a {name} of {float(stat.abs().max()):.3g}, beyond {compute_dtype}'s largest "
+                f"{torch.finfo(compute_dtype).max:.3g}; load into a layer with compute_dtype={stat.dtype}"
+            )
+        raise CorruptCheckpointError(
+            f"got a {name} with NaN or infinite values; expected finite ones. The file is damaged, or the layer it "
+            "was written from was"
+        )
 
 
 def _quant_config(decoded: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,16 +167,15 @@ class LayerStateMixin(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the layer's state; a layer without a weight gives every key with None."""
         if not self.is_initialized() and not args and kwargs.get("destination") is None:
-            return {key: None for key in self.state_dict_keys()}
+            return dict.fromkeys(self.state_dict_keys())
         return super().state_dict(*args, **kwargs)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not self.is_initialized():
             return
-        for key, value in layer_state(self, self.encoded_state_dict).items():  # type: ignore[arg-type]
-            if isinstance(value, Tensor) and not keep_vars:
-                value = value.detach()
-            destination[prefix + key] = value
+        for key, value in layer_state(self, self.encoded_state_dict).items():
+            detached = isinstance(value, Tensor) and not keep_vars
+            destination[prefix + key] = value.detach() if detached else value
 
     def load_state_dict(  # type: ignore[override]
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -154,7 +205,10 @@ class LayerStateMixin(nn.Module):
         error_msgs: list[str],
     ) -> None:
         own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        own = {key: value for key, value in own.items() if not key.startswith("linear_layer.")}
+        waiting = {key for key in own if key.startswith("linear_layer.")}
+        own = {key: value for key, value in own.items() if key not in waiting}
+        if waiting and not own:
+            return  # not quantised yet: the module in linear_layer reads its own keys
         absent = missing_keys(own)
         unexpected.extend(prefix + key for key in unexpected_keys(own))
         if absent:
@@ -162,8 +216,12 @@ class LayerStateMixin(nn.Module):
             return
         try:
             load_layer_state(self, own)  # type: ignore[arg-type]
-        except (HQQError, AttributeError) as error:
+        except HQQError as error:
             error_msgs.append(f"{prefix.rstrip('.')}: {error}")
 
     def is_initialized(self) -> bool:
+        raise NotImplementedError
+
+    def _features_from_shape(self) -> None:
+        """Set the attributes that follow from the shape of the weight."""
         raise NotImplementedError

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from hqq.core.matmul import DequantLinear
 from hqq.core.meta import qtensor_from_meta
 from hqq.core.quantized_module import QuantizedModule
 from hqq.core.quantizer import Quantizer
-from hqq.errors import ConfigError, DtypeError, ShapeError, WeightError
+from hqq.core.storable import check_representable
+from hqq.errors import ConfigError, DtypeError, ShapeError
 
 
 class HQQLinear(QuantizedModule):
@@ -70,7 +72,8 @@ class HQQLinear(QuantizedModule):
             self._device = weight.device
         self.quantize(weight.data, **self.quant_config)
         if isinstance(bias, Tensor):
-            self.bias = bias.detach().clone().to(self.device, self.compute_dtype)
+            bias = bias.detach().clone().to(self.device, self.compute_dtype)
+            self.bias = nn.Parameter(bias, requires_grad=False)
         if self.del_orig:
             for name, _ in list(layer.named_parameters(recurse=False)):
                 setattr(layer, name, None)
@@ -92,7 +95,8 @@ class HQQLinear(QuantizedModule):
         linear = nn.Linear(1, 1, bias=False, device="meta")
         linear.out_features, linear.in_features = weight.shape
         linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return cls(linear, quant_config, del_orig=del_orig, compute_dtype=compute_dtype, device=device)
 
     def quantize(
@@ -118,7 +122,7 @@ class HQQLinear(QuantizedModule):
             if section is not None:
                 _quantize_stat(meta, name, section)
         q = qtensor_from_meta(W_q, meta)
-        self._check_storable(meta)
+        check_representable(q, self.compute_dtype, W)
         self._device = target
         self._set_qtensor(q)
         self.quant_config = {
@@ -129,16 +133,6 @@ class HQQLinear(QuantizedModule):
         if self.offload_meta is None:
             self.offload_meta = False
         self._features_from_shape()
-
-    def _check_storable(self, meta: Mapping[str, Any]) -> None:
-        limit = torch.finfo(self.compute_dtype).max
-        for name in ("scale", "zero"):
-            stat = meta.get(name)
-            if isinstance(stat, Tensor) and bool((stat.abs() > limit).any()):
-                raise WeightError(
-                    f"got a weight whose {name} reaches {float(stat.abs().max()):.3g}, beyond {self.compute_dtype}'s "
-                    f"largest {limit:.3g}; use compute_dtype=torch.bfloat16 or torch.float32"
-                )
 
     @property
     def _declared_shape(self) -> tuple[int, int] | None:
@@ -171,7 +165,9 @@ class HQQLinear(QuantizedModule):
             )
         scale, zero = self._scale_and_zero()
         backend = self.selection().backend
-        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+        if torch.is_grad_enabled() and (
+            x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        ):
             args = (x, self.bias, q.W_q, scale, zero, q.spec, backend, self._compute_dtype)
             return DequantLinear.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
         return F.linear(x, backend.dequantize(q.W_q, scale, zero, q.spec, self._compute_dtype), self.bias)

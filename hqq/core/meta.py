@@ -7,7 +7,8 @@ the same kind); old offloaded layers stack zero and scale in one tensor zero_sca
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Union
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,14 +17,16 @@ from hqq.core.bitpack import FORMAT_OF_BITS, FORMATS
 from hqq.core.qtensor import QSpec, QTensor
 from hqq.errors import MissingKeysError
 
-Stat = Union[Tensor, QTensor]
+Stat: TypeAlias = Tensor | QTensor
 
 
 def spec_from_meta(meta: Mapping[str, Any]) -> QSpec:
     """Return the description in `meta`; raises MissingKeysError or ConfigError if it is not complete and valid."""
     missing = [key for key in ("nbits", "group_size", "shape", "axis") if key not in meta]
     if missing:
-        raise MissingKeysError(f"got a quantised tensor's meta without {', '.join(missing)}; keys: {sorted(meta)}")
+        raise MissingKeysError(
+            f"got a quantised tensor's meta without {', '.join(missing)}; keys: {sorted(meta)}"
+        )
     nbits = meta["nbits"]
     scale = meta.get("scale")
     return QSpec(
@@ -34,7 +37,7 @@ def spec_from_meta(meta: Mapping[str, Any]) -> QSpec:
         packing=meta["packing"] if "packing" in meta else FORMAT_OF_BITS.get(nbits),
         view_as_float=bool(meta.get("view_as_float", False)),
         # Only a tensor-wide scale is 0-d: that is how the original stores channel_wise=False.
-        channel_wise=not (meta["group_size"] is None and isinstance(scale, Tensor) and scale.ndim == 0),
+        channel_wise=not (isinstance(scale, Tensor) and scale.ndim == 0),
     )
 
 
@@ -44,14 +47,16 @@ def stat_from_meta(meta: Mapping[str, Any], name: str) -> Stat:
     stacked = meta.get("zero_scale")
     part = None if stacked is None else stacked[0 if name == "zero" else 1]
     if nested is None:
-        tensor = meta.get(name, part)
+        tensor: Tensor | None = meta.get(name, part)
         if tensor is None:
             raise MissingKeysError(f"got a quantised tensor's meta without {name}; keys: {sorted(meta)}")
         return tensor
     codes = meta.get(f"{name}_q", part)
     if codes is None:
         raise MissingKeysError(f"got a quantised tensor's meta with meta_{name} but without {name}_q")
-    return QTensor(codes, stat_from_meta(nested, "scale"), stat_from_meta(nested, "zero"), spec_from_meta(nested))
+    return QTensor(
+        codes, stat_from_meta(nested, "scale"), stat_from_meta(nested, "zero"), spec_from_meta(nested)
+    )
 
 
 def qtensor_from_meta(W_q: Tensor, meta: Mapping[str, Any], check: bool = True) -> QTensor:
@@ -63,7 +68,11 @@ def qtensor_from_meta(W_q: Tensor, meta: Mapping[str, Any], check: bool = True) 
 def meta_of(q: QTensor, compute_dtype: torch.dtype, nested: bool = False) -> dict[str, Any]:
     """Return the meta dict of `q`; `nested` leaves out the keys that only a layer's meta has."""
     spec = q.spec
-    meta: dict[str, Any] = {"nbits": spec.nbits, "group_size": spec.group_size, "shape": torch.Size(spec.shape)}
+    meta: dict[str, Any] = {
+        "nbits": spec.nbits,
+        "group_size": spec.group_size,
+        "shape": torch.Size(spec.shape),
+    }
     for name, stat in (("scale", q.scale), ("zero", q.zero)):
         if isinstance(stat, QTensor):
             meta[f"{name}_q"] = stat.W_q

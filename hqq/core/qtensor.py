@@ -6,14 +6,13 @@ rounded to the compute dtype.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Union
 
 import torch
 from torch import Tensor
 
-from hqq.core.bitpack import FORMATS, SUPPORTED_BITS, PackFormat, format_named, max_code, unpack
+from hqq.core.bitpack import FORMATS, PackFormat, check_nbits, format_named, max_code, unpack
 from hqq.core.grouping import Grouping
 from hqq.errors import ConfigError, DtypeError, ShapeError
 
@@ -42,10 +41,13 @@ class QSpec:
     grouping: Grouping = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.nbits not in SUPPORTED_BITS:
-            raise ConfigError(f"got nbits={self.nbits!r}; expected one of {', '.join(map(str, SUPPORTED_BITS))}")
+        object.__setattr__(self, "nbits", check_nbits(self.nbits))
         if self.packing is not None:
-            format_named(self.packing)
+            fmt = format_named(self.packing)
+            if self.max_code > fmt.mask:
+                raise ConfigError(
+                    f"got nbits={self.nbits} with packing={self.packing!r}, which holds {fmt.bits} bits"
+                )
         object.__setattr__(self, "shape", tuple(int(s) for s in self.shape))
         grouping = Grouping(self.shape, self.group_size, self.axis, per_tensor=not self.channel_wise)
         object.__setattr__(self, "grouping", grouping)
@@ -78,8 +80,8 @@ class QTensor:
     """
 
     W_q: Tensor
-    scale: Union[Tensor, QTensor]
-    zero: Union[Tensor, QTensor]
+    scale: Tensor | QTensor
+    zero: Tensor | QTensor
     spec: QSpec
 
     def codes(self, dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -101,14 +103,16 @@ class QTensor:
             stat = getattr(self, name)
             if isinstance(stat, QTensor):
                 stat.check()
-                numel = stat.spec.grouping.numel
+                shape = stat.spec.shape
             else:
-                numel = stat.numel()
+                shape = tuple(stat.shape)
                 if not stat.dtype.is_floating_point:
                     raise DtypeError(f"got {name} of {stat.dtype}; expected a float dtype")
-            if numel != self.spec.grouping.num_groups:
+            expected = self.spec.grouping.stat_shape
+            # One value for all groups broadcasts whatever its dimensions.
+            if shape != expected and not math.prod(shape) == math.prod(expected) == 1:
                 raise ShapeError(
-                    f"got {numel} values of {name}; expected {self.spec.grouping.num_groups}, one for each group of "
+                    f"got {name} of shape {shape}; expected {expected}, one value for each group of "
                     f"shape={tuple(self.spec.shape)}, group_size={self.spec.group_size}, axis={self.spec.axis}"
                 )
         return self
@@ -118,7 +122,7 @@ class QTensor:
         """Bytes of codes, scale and zero together."""
         return self.W_q.nbytes + self.scale.nbytes + self.zero.nbytes
 
-    @cached_property
+    @property
     def device(self) -> torch.device:
         """Device of the codes."""
         return self.W_q.device
@@ -155,16 +159,17 @@ def dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, spec: QSpec, compute_dt
 def check_packed(W_q: Tensor, spec: QSpec) -> None:
     """Raise ShapeError or DtypeError unless `W_q` can be the packed codes of `spec`."""
     fmt = spec.format
-    if fmt is None:
-        expected_bytes = spec.grouping.numel * W_q.element_size()
-    elif W_q.dtype != fmt.dtype and not W_q.dtype.is_floating_point:
-        raise DtypeError(f"got W_q of {W_q.dtype}; expected {fmt.dtype} ({fmt.name}), or a float dtype that views it")
-    else:
-        expected_bytes = fmt.dtype.itemsize
-        for extent in spec.packed_shape:
-            expected_bytes *= extent
-    if W_q.nbytes != expected_bytes:
+    expected = spec.packed_shape
+    if fmt is not None and W_q.dtype != fmt.dtype:
+        if not W_q.dtype.is_floating_point:
+            raise DtypeError(
+                f"got W_q of {W_q.dtype}; expected {fmt.dtype} ({fmt.name}), or a float dtype that views it"
+            )
+        if expected:
+            # The view keeps the bytes of a row.
+            expected = (*expected[:-1], expected[-1] * fmt.dtype.itemsize // W_q.element_size())
+    if tuple(W_q.shape) != expected:
         raise ShapeError(
-            f"got W_q of shape {tuple(W_q.shape)} and {W_q.dtype}, {W_q.nbytes} bytes; expected {expected_bytes} bytes "
-            f"for shape={tuple(spec.shape)}, nbits={spec.nbits}, group_size={spec.group_size}, axis={spec.axis}"
+            f"got W_q of shape {tuple(W_q.shape)} and {W_q.dtype}; expected {expected} for shape={tuple(spec.shape)}, "
+            f"nbits={spec.nbits}, group_size={spec.group_size}, axis={spec.axis}"
         )

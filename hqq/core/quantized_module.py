@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from hqq.core.meta import meta_of, qtensor_from_meta
 from hqq.core.meta_view import MetaView
 from hqq.core.metadata import QuantizedMetadata
 from hqq.core.qtensor import QSpec, QTensor
-from hqq.errors import NotQuantizedError
+from hqq.errors import BackendError, NotQuantizedError
 
 _TENSORS = ("W_q", "bias")
 
@@ -41,10 +43,9 @@ class QuantizedModule(LayerStateMixin, nn.Module):
         self.register_parameter("bias", None)
         self.register_buffer("scale", None)
         self.register_buffer("zero", None)
-        self.add_module("scale_quantized", None)
-        self.add_module("zero_quantized", None)
         self._spec: QSpec | None = None
         self._extra_meta: dict[str, Any] = {}
+        self._meta_view: weakref.ref[MetaView] | None = None
         self._selection: Selection | None = None
         self._selected_for: HQQBackend | None = None
         self._compute_dtype = check_compute_dtype(compute_dtype)
@@ -91,7 +92,13 @@ class QuantizedModule(LayerStateMixin, nn.Module):
     @property
     def meta(self) -> MetaView | None:
         """The description as a dict that writes through to the layer, or None before quantisation."""
-        return MetaView(self) if self._spec is not None else None
+        if self._spec is None:
+            return None
+        view = self._meta_view() if self._meta_view is not None else None
+        if view is None:
+            view = MetaView(self)
+            self._meta_view = weakref.ref(view)
+        return view
 
     @meta.setter
     def meta(self, meta: Mapping[str, Any] | None) -> None:
@@ -110,7 +117,10 @@ class QuantizedModule(LayerStateMixin, nn.Module):
             return {}
         W_q = self.W_q if self.W_q is not None else torch.empty(0)
         meta = meta_of(QTensor(W_q, self._stat("scale"), self._stat("zero"), self._spec), self._compute_dtype)
-        return {key: value for key, value in {**meta, **self._extra_meta}.items() if value is not None or key == "group_size"}
+        meta.update(self._extra_meta)
+        return {
+            key: value for key, value in meta.items() if value is not None or key not in ("scale", "zero")
+        }
 
     def _delete_meta(self, key: str) -> None:
         if key in ("scale", "zero") and getattr(self, key) is not None:
@@ -139,8 +149,19 @@ class QuantizedModule(LayerStateMixin, nn.Module):
         return QTensor(self.W_q, self._stat("scale"), self._stat("zero"), self._spec)
 
     def _stat(self, name: str) -> Any:
-        quantized = self._modules[f"{name}_quantized"]
-        return quantized.qtensor() if isinstance(quantized, QuantizedMetadata) else getattr(self, name)
+        quantized = self._quantized_stat(name)
+        return getattr(self, name) if quantized is None else quantized.qtensor()
+
+    def _quantized_stat(self, name: str) -> QuantizedMetadata | None:
+        module = self._modules.get(f"{name}_quantized")
+        return module if isinstance(module, QuantizedMetadata) else None
+
+    def _set_stat(self, name: str, tensor: Tensor | None, quantized: QuantizedMetadata | None) -> None:
+        """Make scale or zero (`name`) a tensor, or a module that holds it quantised, or nothing."""
+        setattr(self, name, tensor)
+        self._modules.pop(f"{name}_quantized", None)
+        if quantized is not None:
+            self.add_module(f"{name}_quantized", quantized)
 
     def _set_qtensor(self, q: QTensor) -> None:
         """Take over `q` on the layer's device, scale and zero in the compute dtype."""
@@ -158,18 +179,20 @@ class QuantizedModule(LayerStateMixin, nn.Module):
         target = self.W_q.device if self.W_q is not None else resolve_device(self._device)
         for name, stat in (("scale", q.scale), ("zero", q.zero)):
             if isinstance(stat, QTensor):
-                setattr(self, name, None)
-                setattr(self, f"{name}_quantized", QuantizedMetadata(stat).to(target, self._compute_dtype))
+                self._set_stat(name, None, QuantizedMetadata(stat).to(target, self._compute_dtype))
             else:
-                setattr(self, f"{name}_quantized", None)
-                setattr(self, name, stat.detach().to(target, self._compute_dtype).contiguous())
+                self._set_stat(name, stat.detach().to(target, self._compute_dtype).contiguous(), None)
 
     def _clear_meta(self) -> None:
+        view = self._meta_view() if self._meta_view is not None else None
+        if view is not None:
+            view.detach()
+        self._meta_view = None
         self._spec = None
         self._selection = None
         self._extra_meta = {}
-        for name in ("scale", "zero", "scale_quantized", "zero_quantized"):
-            setattr(self, name, None)
+        for name in ("scale", "zero"):
+            self._set_stat(name, None, None)
 
     def _scale_and_zero(self) -> tuple[Tensor, Tensor]:
         scale, zero = self._stat("scale"), self._stat("zero")
@@ -182,31 +205,33 @@ class QuantizedModule(LayerStateMixin, nn.Module):
     # Moving
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
-        W_q = self.W_q
-        fmt = self._spec.format if self._spec is not None else None
+        # What becomes of an empty tensor is what becomes of the layer, also of one that has no weight yet.
+        before = torch.empty(0, dtype=self._compute_dtype, device=self.device)
+        moved = fn(before)
+        dtype = check_compute_dtype(moved.dtype)
+        W_q, fmt = self.W_q, self._spec.format if self._spec is not None else None
         if W_q is None or fmt is None or W_q.dtype == fmt.dtype:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         else:
-            # Codes under a float dtype: a cast must not take them for numbers.
+            # Codes under a float dtype: a cast must not take them for numbers. The parameter stays the same object,
+            # which an embedding may share.
             viewed_as = W_q.dtype
-            self.W_q = nn.Parameter(W_q.data.view(fmt.dtype), requires_grad=False)
-            super()._apply(fn, recurse)
-            self.W_q = nn.Parameter(self.W_q.data.view(viewed_as), requires_grad=False)
-        self._follow_tensors()
+            W_q.data = W_q.data.view(fmt.dtype)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            assert self.W_q is not None
+            self.W_q.data = self.W_q.data.view(viewed_as)
+        self._selection = None
+        self._compute_dtype = dtype
+        if self.W_q is not None or moved.device != before.device:
+            self._device = moved.device
+        self.in_gpu = self.W_q is not None and self.W_q.is_cuda
         return self
 
-    def _follow_tensors(self) -> None:
-        """Take device and compute dtype from the tensors, after something moved or cast them."""
-        self._selection = None
-        if self.W_q is not None:
-            self._device = self.W_q.device
-            self.in_gpu = self.W_q.is_cuda
-        dtypes: Iterable[Tensor | None] = (self.scale, getattr(self.scale_quantized, "scale", None))
-        for tensor in dtypes:
-            if tensor is not None:
-                self._compute_dtype = tensor.dtype
+    def __getstate__(self) -> dict[str, Any]:
+        # A view of the description belongs to its caller, and has no place in copies and pickles.
+        return {**self.__dict__, "_meta_view": None}
 
-    def cuda(self, device: DeviceLike | torch.dtype = None) -> QuantizedModule:  # type: ignore[override]
+    def cuda(self, device: DeviceLike | torch.dtype = None) -> QuantizedModule:
         """Move to `device` (any device, despite the name; default CUDA) and return self; a dtype means no move."""
         if isinstance(device, torch.dtype):
             return self
@@ -221,7 +246,11 @@ class QuantizedModule(LayerStateMixin, nn.Module):
     @classmethod
     def set_backend(cls, backend: HQQBackend) -> None:
         """Make `backend` the one that every layer of this class dequantises with, existing layers included."""
-        cls.backend = HQQBackend(backend)
+        try:
+            cls.backend = HQQBackend(backend)
+        except ValueError:
+            names = ", ".join(f"HQQBackend.{member.name}" for member in HQQBackend)
+            raise BackendError(f"got backend {backend!r}; expected one of {names}") from None
 
     def selection(self) -> Selection:
         """Return the backend this layer uses and, if it is not the one asked for, the reason."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hqq.core.bitpack import FORMAT_OF_BITS, FORMATS, SUPPORTED_BITS, BitPack, max_code, pack
+from hqq.core.bitpack import FORMAT_OF_BITS, FORMATS, SUPPORTED_BITS, BitPack, check_nbits, max_code, pack
 from hqq.core.devices import DeviceLike, resolve_device
 from hqq.core.dtypes import check_compute_dtype
 from hqq.core.meta import spec_from_meta, stat_from_meta
@@ -15,7 +16,8 @@ from hqq.core.qtensor import QSpec, QTensor
 from hqq.core.solvers import Solution, get_solver
 from hqq.core.solvers.legacy import optimize_weights_proximal, solve_with
 from hqq.core.solvers.min_max import solve_min_max
-from hqq.errors import ConfigError, DtypeError, ShapeError
+from hqq.core.wire import NESTED_KEYS
+from hqq.errors import ConfigError, DtypeError, ShapeError, WeightError
 
 Meta = dict[str, Any]
 
@@ -50,9 +52,12 @@ def quantize_tensor(
         raise DtypeError(f"got a weight of {tensor.dtype}; expected a floating-point dtype")
     if tensor.numel() == 0:
         raise ShapeError(f"got an empty weight of shape {tuple(tensor.shape)}; expected at least one element")
-    if nbits not in SUPPORTED_BITS:
-        raise ConfigError(f"got nbits={nbits!r}; expected one of {', '.join(map(str, SUPPORTED_BITS))}")
-    spec = QSpec(nbits, tuple(tensor.shape), group_size, axis, FORMAT_OF_BITS[nbits], channel_wise=channel_wise)
+    if tensor.device.type == "meta":
+        raise WeightError("got a weight on the meta device, which holds no values; load it first")
+    nbits = check_nbits(nbits)
+    spec = QSpec(
+        nbits, tuple(tensor.shape), group_size, axis, FORMAT_OF_BITS[nbits], channel_wise=channel_wise
+    )
     W = spec.grouping.group(tensor.detach().float())
     dim = axis if channel_wise else None
     solution = _solve(W, dim, spec, optimize, round_zero, solver, storage_dtype, optimize_weights)
@@ -138,7 +143,7 @@ class Quantizer:
         elif view_as_float:
             W_q = view_codes_as_float(W_q, compute_dtype or torch.float32)
         meta: Meta = {
-            "nbits": nbits,
+            "nbits": q.spec.nbits,
             "group_size": group_size,
             "shape": tensor.shape,
             "scale": q.scale,
@@ -168,12 +173,15 @@ class Quantizer:
         """Return `W_q` on `device`, and a new meta whose float tensors are in the compute dtype there."""
         target = resolve_device(device)
         compute_dtype = meta.get("compute_dtype") or torch.float16
-        converted = {
-            key: value.to(target, compute_dtype if value.is_floating_point() else value.dtype).contiguous()
-            if isinstance(value, Tensor)
-            else value
-            for key, value in meta.items()
-        }
+        converted: Meta = {}
+        for key, value in meta.items():
+            if isinstance(value, Tensor):
+                cast = value.is_floating_point() and not key.endswith("_q")
+                converted[key] = value.to(target, compute_dtype if cast else value.dtype).contiguous()
+            elif key in NESTED_KEYS:
+                converted[key] = cls.to_ooplace(None, {"compute_dtype": compute_dtype, **value}, target)[1]
+            else:
+                converted[key] = value
         return (None if W_q is None else W_q.to(target).contiguous()), converted
 
     @classmethod

@@ -7,7 +7,8 @@ Raw, values keep their Python types. `decode` reads both. Dtypes are looked up i
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,9 @@ def encode(value: Any) -> Tensor:
         return torch.tensor(list(value.encode("ascii")), dtype=torch.uint8)
     if isinstance(value, (tuple, list)):
         return torch.tensor(value, dtype=torch.int64)
-    raise TypeError(f"got a value of type {type(value).__name__}; expected a tensor, number, string, dtype or shape")
+    raise TypeError(
+        f"got a value of type {type(value).__name__}; expected a tensor, number, string, dtype or shape"
+    )
 
 
 def encode_state(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -27,8 +27,8 @@ BETA = 10.0
 ITERATIONS = 20
 
 # shrink(x) is exactly zero where |x|^(2-p) <= 1/beta, that is below 0.17013 for the constants above. Residuals of
-# trained weights are far smaller, so the powers are almost never needed.
-_NEVER_SURVIVES = 0.17
+# trained weights are far smaller, so the powers are almost never needed. The factor leaves room for rounding.
+_MARGIN = 0.999
 
 # Blocks of groups this large (in elements) stay in a core's cache through all steps of an iteration.
 _BLOCK_ELEMENTS = 1 << 17
@@ -107,7 +107,9 @@ def _step(
     torch.sub(W, residual, out=residual)
     magnitude = residual.abs()
     error = float(magnitude.mean())
-    if bool(magnitude.max() > _NEVER_SURVIVES):
-        kept = magnitude.sub_(magnitude.pow(lp_norm - 1).mul_(1.0 / beta)).clamp_min_(0.0).mul_(residual.sign_())
+    if lp_norm >= 2 or bool(magnitude.max() > _MARGIN * beta ** (-1.0 / (2.0 - lp_norm))):
+        kept = (
+            magnitude.sub_(magnitude.pow(lp_norm - 1).mul_(1.0 / beta)).clamp_min_(0.0).mul_(residual.sign_())
+        )
         scaled = (W - kept).mul_(inverse_scale)
     return codes.sub_(scaled).mean(dim, keepdim=True), error

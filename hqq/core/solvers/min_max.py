@@ -56,7 +56,9 @@ def min_max_lattice(
     unusual = (step < offset.clamp_min(smallest)) | ~torch.isfinite(span)
     if bool(unusual.any()):
         repaired = _unusual_lattice(low.double(), high.double(), max_code, offset.double(), storage_dtype)
-        lattice = Lattice(*(torch.where(unusual, new, old) for new, old in zip(repaired, lattice, strict=True)))
+        lattice = Lattice(
+            *(torch.where(unusual, new, old) for new, old in zip(repaired, lattice, strict=True))
+        )
     return lattice._replace(zero=torch.round(lattice.zero)) if round_zero else lattice
 
 
