@@ -30,7 +30,7 @@ bench-cpu: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.cpu_solver
 
 clean:
-	rm -rf $(VENV) build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find hqq tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Where Python comes without ensurepip (Debian's packages split it off), the outer pip puts one into the environment.

@@ -47,7 +47,9 @@ def _without_folders(argument: str) -> str:
     return Path(argument).name if Path(argument).is_absolute() else argument
 
 
-def library_versions(names: Sequence[str] = ("hqq", "torch", "triton", "transformers", "numpy")) -> dict[str, str]:
+def library_versions(
+    names: Sequence[str] = ("hqq", "torch", "triton", "transformers", "numpy"),
+) -> dict[str, str]:
     """Return the versions of Python and of those of `names` that are installed."""
     import hqq
 

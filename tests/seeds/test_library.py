@@ -1,0 +1,144 @@
+"""The published snippets of the library run as written; where there is no GPU, on the CPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hqq import HQQBackend, HQQLinear
+from hqq.errors import DeviceFallbackWarning
+
+TEXT = (Path(__file__).parent / "library.md").read_text()
+HAS_CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_CUDA else "cpu"
+
+transformers = pytest.importorskip("transformers")
+
+
+def snippet(title: str) -> str:
+    found = re.search(rf"^### {re.escape(title)}\n```Python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def fallback() -> AbstractContextManager[Any]:
+    """The warning that a snippet asking for a GPU gives where there is none."""
+    return nullcontext() if HAS_CUDA else pytest.warns(DeviceFallbackWarning)
+
+
+@pytest.fixture
+def scope() -> dict[str, Any]:
+    """What the first snippet leaves behind: the later ones rely on its imports."""
+    names: dict[str, Any] = {"your_linear_layer": nn.Linear(128, 96)}
+    names["W"] = names["your_linear_layer"].weight.detach().clone()
+    names["b"] = names["your_linear_layer"].bias.detach().clone()
+    with fallback():
+        exec(snippet("Basic usage"), names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def model_id(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a small Llama of random weights."""
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def model_scope(scope: dict[str, Any], model_id: str) -> dict[str, Any]:
+    return scope | {"model_id": model_id, "compute_dtype": torch.bfloat16, "device": DEVICE}
+
+
+@pytest.fixture
+def default_backend() -> Iterator[None]:
+    yield
+    HQQLinear.set_backend(HQQBackend.PYTORCH)
+
+
+def assert_quantised_well(layer: HQQLinear, W: Tensor, levels: int, group_size: int) -> None:
+    """On average the solver is no further from W than rounding to its groups' min-max lattice at its worst."""
+    groups = W.float().cpu().reshape(-1, group_size)
+    step = (groups.amax(1) - groups.amin(1)) / (levels - 1)
+    error = (layer.dequantize().float().cpu() - W.float().cpu()).abs().mean()
+    assert 0 < error < step.mean() / 2
+
+
+def logits(model: nn.Module) -> Tensor:
+    ids = torch.arange(24, device=DEVICE).reshape(2, 12)
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def test_basic_usage(scope: dict[str, Any]) -> None:
+    layer = scope["hqq_layer"]
+    assert isinstance(layer, HQQLinear)
+    assert layer.device.type == DEVICE
+    assert scope["your_linear_layer"].weight is None  # del_orig=True
+    assert_quantised_well(layer, scope["W"], levels=16, group_size=64)
+    x = torch.randn(5, 128, dtype=torch.float16, device=DEVICE)
+    expected = F.linear(x, layer.dequantize(), scope["b"].to(x))
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+
+
+def test_quantise_save_and_load(model_scope: dict[str, Any], tmp_path: Path) -> None:
+    exec(snippet("Quantise a model"), model_scope)
+    model = model_scope["model"]
+    original = transformers.AutoModelForCausalLM.from_pretrained(model_scope["model_id"])
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, HQQLinear)}
+    assert len(layers) == 14
+    assert isinstance(model.lm_head, nn.Linear)
+    for name, layer in layers.items():
+        assert_quantised_well(layer, original.get_submodule(name).weight.bfloat16(), levels=16, group_size=64)
+    before = logits(model)
+    model_scope["save_dir"] = str(tmp_path / "saved")
+    exec(snippet("Save and load"), model_scope)
+    assert model_scope["model"] is not model
+    assert torch.equal(logits(model_scope["model"].to(DEVICE)).to(before.dtype), before)
+
+
+@pytest.mark.usefixtures("default_backend")
+def test_native_backends(scope: dict[str, Any]) -> None:
+    layer = scope["hqq_layer"]
+    expected = layer.dequantize()
+    chosen = []
+    for line in snippet("Native backends").splitlines():
+        exec(line, scope)
+        chosen.append(layer.selection().asked)
+    assert chosen == ["pytorch", "pytorch_compile", "triton"]
+    # The last line stays in force: a kernel where there is a GPU, the torch reference and a reason elsewhere.
+    assert torch.equal(layer.dequantize(), expected)
+    assert (layer.selection().reason is None) == HAS_CUDA
+
+
+def test_settings_by_layer(model_scope: dict[str, Any]) -> None:
+    exec(snippet("Quantise a model").partition("#Quantize")[0], model_scope)
+    exec(snippet("Settings by layer"), model_scope)
+    exec(
+        "from hqq.models.hf.base import AutoHQQHFModel\n"
+        "AutoHQQHFModel.quantize_model(model, quant_config=quant_config, compute_dtype=compute_dtype, device=device)",
+        model_scope,
+    )
+    modules = model_scope["model"].named_modules()
+    layers = {name: layer for name, layer in modules if isinstance(layer, HQQLinear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        expected = (4, 64) if ".self_attn." in name else (3, 32)
+        assert (layer.meta["nbits"], layer.meta["group_size"]) == expected, name
