@@ -1,0 +1,1 @@
+"""Whole models: quantising, placing, saving and loading them."""

@@ -1,0 +1,13 @@
+"""Progress bars."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def progress_bar(total: int, description: str, enabled: bool, unit: str = "layer") -> Any:
+    """Return a tqdm bar with rate and remaining time; silent if not `enabled` or without a terminal."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    # disable=None: tqdm draws on a terminal only.
+    return tqdm(total=total, desc=description, unit=unit, disable=None if enabled else True)

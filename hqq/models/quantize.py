@@ -1,0 +1,204 @@
+"""quantize_model: replace the linear layers of any model by quantised ones, in place."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hqq.core.config import QuantConfig
+from hqq.core.embedding import HQQEmbedding
+from hqq.core.linear import HQQLinear
+from hqq.core.modules import linear_tag, name_modules, named_sites, replace_module
+from hqq.core.quantized_module import QuantizedModule
+from hqq.core.solvers import DEFAULT_SOLVER
+from hqq.errors import ConfigError
+from hqq.models.candidates import avoid_fused_paths
+from hqq.models.layer_choice import ConfigChooser, ModelConfig
+from hqq.models.placement import DeviceMap, Placement, follow_inputs, plan_placement, settle_tensors
+from hqq.models.plan import Job, Plan, make_plan
+from hqq.models.preflight import ErrorsName, check_jobs, resolved_solver
+from hqq.models.progress import progress_bar
+from hqq.models.quantization_config import attach_config, describe_model
+from hqq.models.report import LayerRow, QuantizationReport, stored_bytes
+from hqq.models.sharing import sharing_layer
+
+
+@torch.no_grad()
+def quantize_model(
+    model: nn.Module,
+    config: ModelConfig,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    device: DeviceMap = None,
+    skip: Sequence[str] = ("lm_head",),
+    embeddings: bool = False,
+    lm_head: bool = False,
+    progress: bool = True,
+    errors: bool = False,
+) -> QuantizationReport:
+    """Quantise the linear layers of `model` in place and return what was done.
+
+    Args:
+        model: any nn.Module that contains nn.Linear layers.
+        config: QuantConfig or nested dict for all layers, or {layer name, tag or glob: config or None}; see
+            `ConfigChooser`.
+        compute_dtype: dtype that quantised layers compute in, and that the rest of the model is cast to; None keeps
+            each layer's own dtype.
+        device: None leaves the model where it is; a device; a list of devices to spread the blocks over; or
+            {module name: device}.
+        skip: names, parts of names or globs of layers to leave; see `skip_rule`. A config for a layer's very name or
+            tag wins over it.
+        embeddings: also quantise nn.Embedding.
+        lm_head: also quantise the output head (together with the embedding, if they share their weight).
+        progress: show a progress bar on a terminal.
+        errors: measure each layer's relative error (one more pass over each weight).
+
+    Every layer is checked before the first is changed. Memory stays below the model and one layer: a weight is freed
+    when its codes exist. Raises ConfigError (nothing to quantise, already quantised, a group size that does not
+    divide, patterns that fit nothing), WeightError, DtypeError or ShapeError, ErrorsName the layer.
+    """
+    start = time.perf_counter()
+    _refuse(model)
+    weights = sum(p.numel() for p in model.parameters())
+    plan = make_plan(model, ConfigChooser(config), skip, embeddings, lm_head)
+    if not plan.jobs:
+        raise ConfigError(f"got a {type(model).__name__} with no layer to quantise: {_reasons(plan)}")
+    check_jobs(plan.jobs, compute_dtype)
+    placement = plan_placement(model, device)
+    rows = _quantize_jobs(model, plan, placement, compute_dtype, progress, errors)
+    settle_tensors(model, placement, compute_dtype)
+    finish_model(model)
+    follow_inputs(model, placement)
+    attach_config(model, describe_model(model, skip))
+    return QuantizationReport(
+        tuple(rows), tuple(plan.left), weights, stored_bytes(model), time.perf_counter() - start
+    )
+
+
+def finish_model(model: nn.Module) -> None:
+    """Set what a quantised model carries: names, linear_tags, hqq_quantized."""
+    avoid_fused_paths(model)
+    name_modules(model)
+    model.linear_tags = layer_tags(model)  # type: ignore[assignment]
+    model.hqq_quantized = True  # type: ignore[assignment]
+
+
+def layer_tags(model: nn.Module, ignore: Sequence[str] = ("lm_head",)) -> list[str]:
+    """Return the tags of the linear layers of `model`, quantised or not, without those whose last name is ignored."""
+    names = [
+        names[0]
+        for module, names in named_sites(model).items()
+        if isinstance(module, (nn.Linear, HQQLinear)) and names[0]
+    ]
+    return list(dict.fromkeys(linear_tag(name) for name in names if name.rpartition(".")[2] not in ignore))
+
+
+def _refuse(model: nn.Module) -> None:
+    if isinstance(model, nn.Linear):
+        raise ConfigError(
+            "got a bare nn.Linear as the model, which cannot be replaced in place; use "
+            "HQQLinear(layer, quant_config), or wrap it: nn.Sequential(layer)"
+        )
+    if getattr(model, "hqq_quantized", False):
+        raise ConfigError(
+            f"got a {type(model).__name__} that is already quantised; load the original model to quantise it otherwise"
+        )
+
+
+def _reasons(plan: Plan) -> str:
+    reasons = dict.fromkeys(f"{row.name} ({row.kind}): {row.reason}" for row in plan.left)
+    shown = list(reasons)[:5]
+    return (
+        "; ".join(shown) + (f"; and {len(reasons) - 5} more" if len(reasons) > 5 else "")
+        if shown
+        else "it has none"
+    )
+
+
+def _quantize_jobs(
+    model: nn.Module,
+    plan: Plan,
+    placement: Placement,
+    compute_dtype: torch.dtype | None,
+    progress: bool,
+    errors: bool,
+) -> list[LayerRow]:
+    rows: list[LayerRow] = []
+    # Taken off one by one: a job that stayed in the list would keep its weight alive.
+    jobs = deque(plan.jobs)
+    plan.jobs.clear()
+    with progress_bar(len(jobs), "Quantising", progress) as bar:
+        while jobs:
+            job = jobs.popleft()
+            with ErrorsName(job.name):
+                rows += _quantize_job(model, job, placement.device_of(job.name), compute_dtype, errors)
+            bar.update()
+    return rows
+
+
+def _quantize_job(
+    model: nn.Module, job: Job, device: torch.device | None, compute_dtype: torch.dtype | None, errors: bool
+) -> list[LayerRow]:
+    """Quantise one weight and replace every module that uses it."""
+    start = time.perf_counter()
+    main = next((m for m in job.members if m.kind == "linear"), job.members[0])
+    weight = main.module.weight
+    assert isinstance(weight, Tensor)
+    dtype, target = compute_dtype or weight.dtype, device or weight.device
+    kept = weight.detach() if errors else None
+    del weight
+    layer = _quantized(main.module, resolved_solver(job.config, DEFAULT_SOLVER), dtype, target)
+    error = _relative_error(kept, layer) if kept is not None else None
+    rows = []
+    for member in job.members:
+        new = layer if member is main else sharing_layer(layer, member.module)
+        new.train(member.module.training)
+        replace_module(model, member.names, new)
+        rows.append(layer_row(member.names[0], member.kind, new, error, time.perf_counter() - start))
+    others = [row for row in rows if row.name != job.name]
+    return [rows[0], *(_as_shared(row, job.name) for row in others)]
+
+
+def _quantized(
+    module: nn.Module, config: QuantConfig, dtype: torch.dtype, device: torch.device
+) -> QuantizedModule:
+    if isinstance(module, nn.Embedding):
+        return HQQEmbedding.from_embedding(module, config.to_dict(), compute_dtype=dtype, device=device)
+    return HQQLinear(module, config.to_dict(), compute_dtype=dtype, device=device)
+
+
+def _relative_error(W: Tensor, layer: QuantizedModule) -> float:
+    W = W.to(layer.device, torch.float32)
+    norm = float(torch.linalg.vector_norm(W))
+    difference = float(torch.linalg.vector_norm(layer.dequantize().float() - W))
+    return difference / norm if norm else difference
+
+
+def layer_row(
+    name: str, kind: str, layer: QuantizedModule, error: float | None = None, seconds: float = 0.0
+) -> LayerRow:
+    """Return the report's row of a quantised layer."""
+    q = layer.qtensor()
+    size = q.nbytes + (layer.bias.nbytes if layer.bias is not None else 0)
+    return LayerRow(
+        name, kind, q.spec.shape, q.spec.nbits, q.spec.group_size, q.spec.axis, size, error, seconds
+    )
+
+
+def _as_shared(row: LayerRow, source: str) -> LayerRow:
+    return LayerRow(
+        row.name,
+        row.kind,
+        row.shape,
+        row.nbits,
+        row.group_size,
+        row.axis,
+        0,
+        row.error,
+        0.0,
+        shared_with=source,
+    )

@@ -1,0 +1,89 @@
+"""What quantising a model did, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from hqq.core.modules import named_sites
+from hqq.core.quantized_module import QuantizedModule
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One quantised layer.
+
+    bytes: codes, scale, zero and bias together. error: Frobenius norm of (W - dequantised) over that of W, or None
+    if it was not asked for or is not known. seconds: time to quantise (0 for a layer read from a file).
+    shared_with: name of the layer whose tensors this one uses; its bytes are counted there.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    nbits: float
+    group_size: int | None
+    axis: int
+    bytes: int
+    error: float | None = None
+    seconds: float = 0.0
+    shared_with: str | None = None
+
+
+@dataclass(frozen=True)
+class LeftRow:
+    """One module with weights that were not quantised, and why."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """The layers quantised, what was left and why, and totals.
+
+    weights: number of the model's parameters before. bytes: of all parameters after, with scales and zeros.
+    """
+
+    layers: tuple[LayerRow, ...]
+    left: tuple[LeftRow, ...]
+    weights: int
+    bytes: int
+    seconds: float
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits per weight of the whole model: everything stored, over all parameters it had."""
+        return 8 * self.bytes / self.weights if self.weights else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as a JSON-able dict."""
+        return {**asdict(self), "effective_bits": self.effective_bits}
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.layers)} layers quantised, {len(self.left)} modules with weights left; "
+            f"{self.weights:,} weights in {self.bytes:,} bytes, {self.effective_bits:.3f} bits per weight; {self.seconds:.1f} s"
+        )
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Return the bytes of every parameter of `model`, scales and zeros included, shared ones once."""
+    seen: set[tuple[int, int]] = set()
+    total = 0
+    for module in named_sites(model):
+        sizes = [((id(p), 0), p.nbytes) for p in module._parameters.values() if p is not None]
+        if isinstance(module, QuantizedModule) and module.is_initialized():
+            q = module.qtensor()
+            bias = module.bias
+            sizes = [((q.W_q.data_ptr(), q.W_q.nbytes), q.nbytes)]
+            sizes += [((id(bias), 0), bias.nbytes)] if bias is not None else []
+        for key, size in sizes:
+            total += 0 if key in seen else size
+            seen.add(key)
+    return total
