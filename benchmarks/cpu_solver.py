@@ -40,7 +40,6 @@ class Side:
 
     def __init__(self, python: str, own: bool) -> None:
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        environment["OMP_WAIT_POLICY"] = "passive"  # the side that waits must not spin on a core
         if own:
             environment["PYTHONPATH"] = str(ROOT)
         self._process = subprocess.Popen(

@@ -14,7 +14,6 @@ import platform
 import sys
 import time
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -63,11 +62,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def identity() -> dict[str, str]:
     """Return the versions on this side."""
-    try:
-        own = version("hqq")  # the original's module names only the release that a post-release follows
-    except PackageNotFoundError:
-        own = hqq.__version__
-    return {"python": platform.python_version(), "hqq": own, "torch": torch.__version__}
+    return {"python": platform.python_version(), "hqq": hqq.__version__, "torch": torch.__version__}
 
 
 if __name__ == "__main__":
