@@ -9,7 +9,7 @@ import torch
 
 from hqq.errors import DeviceFallbackWarning
 
-DeviceLike: TypeAlias = "str | int | torch.device | None"
+DeviceLike: TypeAlias = str | int | torch.device | None
 
 
 def resolve_device(device: DeviceLike, default: torch.device | None = None) -> torch.device:
