@@ -113,8 +113,9 @@ def is_config_dict(config: object) -> bool:
 def complete_config(config: Mapping[str, Any]) -> LegacyConfig:
     """Return a copy of a nested dict with the keys that older versions lack; raises ConfigError if it is not one."""
     if not is_config_dict(config):
+        found = f"keys: {', '.join(map(str, config))}" if isinstance(config, Mapping) else repr(config)
         raise ConfigError(
-            f"got a quantisation config without 'weight_quant_params' (keys: {', '.join(map(str, config))}); "
+            f"got a quantisation config without 'weight_quant_params' ({found}); "
             "expected what BaseQuantizeConfig(nbits=..., group_size=...) returns"
         )
     unknown = set(config) - {*_SECTIONS, "offload_meta"}
@@ -122,6 +123,11 @@ def complete_config(config: Mapping[str, Any]) -> LegacyConfig:
         raise ConfigError(
             f"got unknown config keys {sorted(unknown)}; expected {', '.join(_SECTIONS)}, offload_meta"
         )
+    for section in _SECTIONS:
+        if config.get(section) is not None and not isinstance(config[section], Mapping):
+            raise ConfigError(f"got {section}={config[section]!r}; expected a dict")
+    if config["weight_quant_params"] is None:
+        raise ConfigError("got weight_quant_params=None; expected a dict with nbits and group_size")
     weight = {"channel_wise": True, "optimize": True, "round_zero": False, "axis": 0, "view_as_float": False}
     weight.update(config["weight_quant_params"])
     missing = [key for key in ("nbits", "group_size") if key not in weight]

@@ -173,11 +173,11 @@ class LayerStateMixin(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not self.is_initialized():
             return
-        for key, value in layer_state(self, self.encoded_state_dict).items():
+        for key, value in layer_state(self, self.encoded_state_dict).items():  # type: ignore[arg-type]
             detached = isinstance(value, Tensor) and not keep_vars
             destination[prefix + key] = value.detach() if detached else value
 
-    def load_state_dict(  # type: ignore[override]
+    def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Load one layer's state, encoded or raw, of any version; `state_dict` is not changed.
