@@ -1,0 +1,180 @@
+"""The dequantisation kernel: one for every bit width, axis, group size, dtype and kind of scale and zero.
+
+It sees the packed codes as a matrix [packed_rows, columns] and the result as [rows, columns]; field i of packed row r
+is row r + i * packed_rows. A program takes a tile of packed codes, and each field of the tile is one tile of results,
+so that both sides move as whole contiguous stretches. Groups are runs of `SPLIT` rows (GROUPS "rows"), columns
+("columns"), or everything ("one"); see `view_of` for how a tensor becomes this matrix.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """fp32 `x` rounded to DTYPE (to nearest, ties to even), as fp32."""
+    if DTYPE == tl.float32:
+        return x
+    elif INTERPRETED and DTYPE == tl.bfloat16:
+        # The interpreter's own conversion cuts the low bits off.
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    else:
+        return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _load_stat(
+    values, scale, zero, group, keep, period, MODE: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """Scale or zero of `group`: a load, or 8-bit codes dequantised with a scale and zero of their own.
+
+    Which of those a code has: the only one (MODE "one"), number group % period ("columns") or group // period ("rows").
+    """
+    value = tl.load(values + group, mask=keep)
+    if MODE == "plain":
+        return value
+    else:
+        if MODE == "one":
+            s, z = tl.load(scale), tl.load(zero)
+        else:
+            if MODE == "columns":
+                outer = group % period
+            else:
+                outer = group // period
+            s, z = tl.load(scale + outer, mask=keep), tl.load(zero + outer, mask=keep)
+        difference = _rounded(value.to(tl.float32) - z.to(tl.float32), DTYPE, INTERPRETED)
+        return _rounded(difference * s.to(tl.float32), DTYPE, INTERPRETED).to(DTYPE)
+
+
+@triton.jit
+def _field(
+    w,
+    zero,
+    scale,
+    I: tl.constexpr,
+    BITS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    ASM: tl.constexpr,
+    CONSTRAINTS: tl.constexpr,
+    PACK: tl.constexpr,
+    DIFFERENCE: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    OUT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """`(W_q - zero) * scale` of field I of the packed codes `w`."""
+    if ASM is not None:
+        return tl.inline_asm_elementwise(ASM[I], CONSTRAINTS, [w, zero, scale], dtype=zero.dtype, is_pure=True, pack=PACK)
+    else:
+        codes = ((w >> (BITS * (FIELDS - 1 - I))) & ((1 << BITS) - 1)).to(tl.float32)
+        difference = _rounded(codes - zero.to(tl.float32), DIFFERENCE, INTERPRETED)
+        product = _rounded(difference * scale.to(tl.float32), PRODUCT, INTERPRETED)
+        return _rounded(product, OUT, INTERPRETED).to(OUT)
+
+
+# Only `columns` says how addresses are aligned; the other numbers would but multiply the compiled variants.
+@triton.jit(do_not_specialize=["rows", "packed_rows", "packed_groups", "scale_period", "zero_period"])
+def dequantize_kernel(
+    W_q,
+    out,
+    scale,
+    zero,
+    scale_scale,
+    scale_zero,
+    zero_scale,
+    zero_zero,
+    rows,
+    packed_rows,
+    packed_groups,
+    columns,
+    scale_period,
+    zero_period,
+    BITS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
+    SCALE_MODE: tl.constexpr,
+    ZERO_MODE: tl.constexpr,
+    STAT: tl.constexpr,
+    DIFFERENCE: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    OUT: tl.constexpr,
+    WIDE: tl.constexpr,
+    ASM: tl.constexpr,
+    CONSTRAINTS: tl.constexpr,
+    PACK: tl.constexpr,
+    LOAD_POLICY: tl.constexpr,
+    STORE_HINT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Dequantise STEPS tiles [TILE_ROWS, TILE_COLUMNS] of packed codes, one below the other.
+
+    WIDE: addresses need 64 bits. STAT: dtype that quantised scale and zero are dequantised to. ASM: PTX for each
+    field, or None for arithmetic that Triton writes, with roundings to DIFFERENCE, PRODUCT and OUT.
+    """
+    pid = tl.program_id(0)
+    if GROUPS == "columns":
+        width = columns
+        blocks = (columns + TILE_COLUMNS - 1) // TILE_COLUMNS
+        block_row, block_column = pid // blocks, pid % blocks
+    else:
+        # One tile is as wide as the matrix. As a constant, the width tells the compiler how rows are aligned.
+        width: tl.constexpr = TILE_COLUMNS
+        block_row, block_column = pid, 0
+    column = block_column * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    in_width = column < width
+    if WIDE:
+        block_row, packed_rows = block_row.to(tl.int64), packed_rows.to(tl.int64)
+        packed_groups = packed_groups.to(tl.int64)
+    first_row = block_row * (TILE_ROWS * STEPS)
+    end_row = tl.minimum(first_row + TILE_ROWS * STEPS, packed_rows)
+    row = first_row + tl.arange(0, TILE_ROWS)
+    if GROUPS != "rows":
+        group, keep = (column, in_width) if GROUPS == "columns" else (0, None)
+        s = _load_stat(scale, scale_scale, scale_zero, group, keep, scale_period, SCALE_MODE, STAT, INTERPRETED)
+        z = _load_stat(zero, zero_scale, zero_zero, group, keep, zero_period, ZERO_MODE, STAT, INTERPRETED)
+        if GROUPS == "columns":
+            s, z = s[None, :], z[None, :]
+    keep = (row < packed_rows)[:, None] & in_width[None, :]
+    place = row[:, None] * width + column[None, :]
+    w = tl.load(W_q + place, mask=keep, eviction_policy=LOAD_POLICY)
+    for step in range(STEPS):
+        if STEPS > 1:
+            # The next tile is asked for before this one is used.
+            next_row = row + TILE_ROWS
+            next_keep = (next_row < end_row)[:, None] & in_width[None, :]
+            next_place = place + TILE_ROWS * width
+            next_w = tl.load(W_q + next_place, mask=next_keep, eviction_policy=LOAD_POLICY)
+        if GROUPS == "rows":
+            # All fields' scales and zeros before the first store: a load behind a store would wait for its turn.
+            scales, zeros = (), ()
+            for i in tl.static_range(FIELDS):
+                group = row // SPLIT + i * packed_groups
+                has_group = (row < packed_rows) & (row + i * packed_rows < rows)
+                scales += (
+                    _load_stat(
+                        scale, scale_scale, scale_zero, group, has_group, scale_period, SCALE_MODE, STAT, INTERPRETED
+                    )[:, None],
+                )
+                zeros += (
+                    _load_stat(
+                        zero, zero_scale, zero_zero, group, has_group, zero_period, ZERO_MODE, STAT, INTERPRETED
+                    )[:, None],
+                )
+        for i in tl.static_range(FIELDS):
+            if GROUPS == "rows":
+                s, z = scales[i], zeros[i]
+            value = _field(
+                w, z, s, i, BITS, FIELDS, ASM, CONSTRAINTS, PACK, DIFFERENCE, PRODUCT, OUT, INTERPRETED
+            )
+            in_field = keep & (row + i * packed_rows < rows)[:, None]
+            tl.store(out + i * packed_rows * width + place, value, mask=in_field, cache_modifier=STORE_HINT)
+        if STEPS > 1:
+            row, keep, place, w = next_row, next_keep, next_place, next_w

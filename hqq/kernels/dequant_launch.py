@@ -1,0 +1,136 @@
+"""Launching the dequantisation kernel: from checked tensors to the kernel's arguments."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import cache
+from typing import Any, ContextManager
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hqq.core.qtensor import QSpec
+from hqq.kernels.availability import interpreting
+from hqq.kernels.dequant_asm import FieldAsm, field_asm
+from hqq.kernels.dequant_config import Config
+from hqq.kernels.dequant_kernel import dequantize_kernel
+from hqq.kernels.dequant_plan import Stat
+from hqq.kernels.dequant_view import MatrixView, view_of
+
+_TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_ASM_NAME = {torch.float16: "f16", torch.bfloat16: "bf16"}
+_NO_ASM = FieldAsm((), "", 1)
+_INT32_LIMIT = 1 << 31
+
+
+def new_output(spec: QSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the tensor that the kernel fills; every element of it is written."""
+    return torch.empty(spec.shape, dtype=dtype, device=device)
+
+
+def launch(
+    W_q: Tensor,
+    scale: Stat,
+    zero: Stat,
+    spec: QSpec,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    config: Config,
+    *,
+    asm: bool = True,
+    load_policy: str = "",
+    store_hint: str = "",
+) -> Tensor:
+    """Return the dequantised tensor of spec.shape; the arguments are checked ones (see `check_call`).
+
+    Runs on W_q's device and that device's current stream, without synchronising. `asm`, `load_policy` and
+    `store_hint` (Triton's eviction policy and cache modifier) are for measurements.
+    """
+    fmt = spec.format
+    assert fmt is not None
+    if W_q.dtype != fmt.dtype:
+        W_q = W_q.view(fmt.dtype)
+    scale, zero = scale.contiguous(), zero.contiguous()
+    out = new_output(spec, out_dtype, W_q.device)
+    scale_dtype = scale.values.dtype if scale.scale is None else dtype
+    zero_dtype = zero.values.dtype if zero.scale is None else dtype
+    difference = torch.promote_types(dtype, zero_dtype)
+    product = torch.promote_types(difference, scale_dtype)
+    ptx = _NO_ASM
+    if asm and {difference, product, scale_dtype, zero_dtype} == {out_dtype} and out_dtype in _ASM_NAME:
+        if _has_packed_floats(W_q.device):
+            ptx = field_asm(_ASM_NAME[out_dtype], fmt.bits, fmt.fields)
+    view = view_of(spec.grouping, fmt, config.block)
+    tile_columns = min(config.block, triton.next_power_of_2(view.columns))
+    tile_rows = config.block // tile_columns
+    row_blocks = triton.cdiv(view.packed_rows, tile_rows * config.steps)
+    column_blocks = triton.cdiv(view.columns, tile_columns)
+    reach = (row_blocks * config.steps + 1) * tile_rows + (fmt.fields - 1) * view.packed_rows
+    with _on(W_q.device):
+        dequantize_kernel[(row_blocks * column_blocks,)](
+            W_q,
+            out,
+            scale.values,
+            zero.values,
+            scale.scale,
+            scale.zero,
+            zero.scale,
+            zero.zero,
+            view.rows,
+            view.packed_rows,
+            view.packed_groups,
+            view.columns,
+            scale.period,
+            zero.period,
+            BITS=fmt.bits,
+            FIELDS=fmt.fields,
+            GROUPS=view.groups,
+            SPLIT=view.split,
+            TILE_ROWS=tile_rows,
+            TILE_COLUMNS=tile_columns,
+            STEPS=config.steps,
+            SCALE_MODE=scale.mode,
+            ZERO_MODE=zero.mode,
+            STAT=_TL[dtype],
+            DIFFERENCE=_TL[difference],
+            PRODUCT=_TL[product],
+            OUT=_TL[out_dtype],
+            WIDE=reach * view.columns + tile_columns >= _INT32_LIMIT,
+            ASM=ptx.texts or None,
+            CONSTRAINTS=ptx.constraints,
+            PACK=ptx.pack,
+            LOAD_POLICY=load_policy,
+            STORE_HINT=store_hint,
+            INTERPRETED=interpreting(),
+            num_warps=config.warps,
+            **_no_contraction(),
+        )
+    return out
+
+
+def matrix_view(spec: QSpec, config: Config) -> MatrixView:
+    """Return the matrix that the kernel sees for `spec` with the tiles of `config`."""
+    assert spec.format is not None
+    return view_of(spec.grouping, spec.format, config.block)
+
+
+def _on(device: torch.device) -> ContextManager[Any]:
+    # Triton launches on the current device; changing it costs microseconds, so only where it differs.
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return nullcontext()
+
+
+@cache
+def _has_packed_floats(device: torch.device) -> bool:
+    """Whether the PTX of `field_asm` runs: NVIDIA, compute capability 8.0 or later, not interpreted."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _no_contraction() -> dict[str, Any]:
+    # The difference is rounded before it is multiplied; saying so also keeps newer Triton from warning.
+    return {} if interpreting() else {"enable_fp_fusion": False}
