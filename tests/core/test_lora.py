@@ -41,7 +41,9 @@ def base_layer(
     layer = linear(rng, dtype, bias)
     if kind == "linear":
         return layer
-    return HQQLinear(layer, BaseQuantizeConfig(**{"nbits": 4, "group_size": 16, **config}), compute_dtype=dtype)
+    return HQQLinear(
+        layer, BaseQuantizeConfig(**{"nbits": 4, "group_size": 16, **config}), compute_dtype=dtype
+    )
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -49,7 +51,11 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 def adapter_around(
-    layer: nn.Module, lora_type: str, rng: torch.Generator, dtype: torch.dtype = torch.float64, **settings: Any
+    layer: nn.Module,
+    lora_type: str,
+    rng: torch.Generator,
+    dtype: torch.dtype = torch.float64,
+    **settings: Any,
 ) -> LinearAdapter:
     """An adapter whose trained values are random, so that every gradient counts."""
     config = {"lora_type": lora_type, "train_dtype": dtype, **SETTINGS[lora_type], **settings}
@@ -155,7 +161,9 @@ def test_low_rank_adapter_starts_as_the_layer_itself(kind: str, rng: torch.Gener
 
 
 @pytest.mark.parametrize("lora_type", LOW_RANK)
-def test_dropout_acts_on_the_adapter_only_and_backward_repeats_it(lora_type: str, rng: torch.Generator) -> None:
+def test_dropout_acts_on_the_adapter_only_and_backward_repeats_it(
+    lora_type: str, rng: torch.Generator
+) -> None:
     layer = base_layer("hqq", rng)
     W = weight_of(layer)
     adapter = adapter_around(layer, lora_type, rng, dropout=0.5, quant_param=None).train()
@@ -239,7 +247,9 @@ def test_merged_linear_computes_the_same(lora_type: str, kind: str, bias: bool, 
 
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("lora_type", ADAPTERS)
-def test_merge_and_quantize_quantises_the_merged_weight(lora_type: str, kind: str, rng: torch.Generator) -> None:
+def test_merge_and_quantize_quantises_the_merged_weight(
+    lora_type: str, kind: str, rng: torch.Generator
+) -> None:
     adapter = adapter_around(base_layer(kind, rng, torch.float32), lora_type, rng, torch.float32)
     config = BaseQuantizeConfig(nbits=4, group_size=8)
     merged = adapter.merge_and_quantize(config)
@@ -323,7 +333,9 @@ def test_states_that_do_not_fit_raise_and_change_nothing(rng: torch.Generator) -
     adapter = adapter_around(base_layer("linear", rng, bias=False), "default", rng)
     before = adapter.adapter_state()
     with pytest.raises(ShapeError, match="lora_B"):
-        adapter.load_adapter_state({**before, "lora_A": before["lora_A"] + 1, "lora_B": torch.zeros(R + 1, N)})
+        adapter.load_adapter_state(
+            {**before, "lora_A": before["lora_A"] + 1, "lora_B": torch.zeros(R + 1, N)}
+        )
     with pytest.raises(MissingKeysError, match="missing \\['lora_A'\\]"):
         adapter.load_adapter_state({"lora_B": before["lora_B"]})
     with pytest.raises(MissingKeysError, match="bias=True"):
