@@ -25,9 +25,10 @@ unit: $(VENV)/dev.stamp
 
 venv: $(VENV)/dev.stamp
 
+# ORIGINAL: the Python of an environment with hqq==0.2.8.post1, to compare with.
 bench-cpu: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.cpu_import
-	$(BIN)/python -m benchmarks.cpu_solver
+	$(BIN)/python -m benchmarks.cpu_solver $(if $(ORIGINAL),--original-python $(ORIGINAL))
 
 clean:
 	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -35,8 +36,8 @@ clean:
 
 # Where Python comes without ensurepip (Debian's packages split it off), the outer pip puts one into the environment.
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 14), f"got Python {sys.version}; expected 3.10 to 3.13. Name one: make PYTHON=python3.12 ..."'
-	$(PYTHON) -m venv $(VENV) 2>/dev/null || { \
+	@$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 14), f"got Python {sys.version}; expected 3.10 to 3.13. Name one: make PYTHON=python3.12 ..."'
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { \
 	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 	  $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; } || { rm -rf $(VENV); exit 1; }
 

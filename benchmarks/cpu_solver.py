@@ -4,7 +4,8 @@
 
 PATH is the Python of an environment with `hqq==0.2.8.post1`; without it only this package is timed. Both sides run
 at the same time in their own interpreter and take turns, so that both see the same machine; what is reported is the
-median, and the ratio of the medians (below 1: this package is faster). The packed codes are compared as well. With
+median, and the ratio of the medians (below 1: this package is faster). Leave the machine alone meanwhile: with two
+threads on busy cores both sides mostly wait. The packed codes are compared as well. With
 more than one thread they may differ: torch then sums the error that the stop rule compares in another order, and where
 two iterations' errors are equal but for rounding the original stops earlier or later than it does with one thread.
 """
@@ -137,7 +138,7 @@ def main() -> None:
         for name, weights in weight_sets().items():
             file = str(Path(folder) / f"{name}.safetensors")
             save_file(weights, file)
-            for nbits, axis, threads in itertools.product((8, 4, 2), (1, 0), (1, 2)):
+            for threads, nbits, axis in itertools.product((1, 2), (8, 4, 2), (1, 0)):
                 case = {"nbits": nbits, "axis": axis, "group_size": GROUP_SIZE, "threads": threads}
                 measured = measure(sides, {"weights": file, **case}, arguments.repetitions)
                 elements = sum(W.numel() for W in weights.values())
