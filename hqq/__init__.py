@@ -14,7 +14,11 @@ _EXPORTS = {
     "HQQEmbedding": "hqq.core.embedding",
     "HQQLinear": "hqq.core.linear",
     "QuantConfig": "hqq.core.config",
+    "QuantizationReport": "hqq.models.report",
     "Quantizer": "hqq.core.quantizer",
+    "load_quantized": "hqq.models.checkpoint",
+    "quantize_model": "hqq.models.quantize",
+    "save_quantized": "hqq.models.checkpoint",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604
@@ -26,6 +30,10 @@ if TYPE_CHECKING:
     from hqq.core.embedding import HQQEmbedding as HQQEmbedding
     from hqq.core.linear import HQQLinear as HQQLinear
     from hqq.core.quantizer import Quantizer as Quantizer
+    from hqq.models.checkpoint import load_quantized as load_quantized
+    from hqq.models.checkpoint import save_quantized as save_quantized
+    from hqq.models.quantize import quantize_model as quantize_model
+    from hqq.models.report import QuantizationReport as QuantizationReport
 
 
 def __getattr__(name: str) -> Any:

@@ -68,7 +68,8 @@ class QuantizationReport:
     def __str__(self) -> str:
         return (
             f"{len(self.layers)} layers quantised, {len(self.left)} modules with weights left; "
-            f"{self.weights:,} weights in {self.bytes:,} bytes, {self.effective_bits:.3f} bits per weight; {self.seconds:.1f} s"
+            f"{self.weights:,} weights in {self.bytes:,} bytes, {self.effective_bits:.3f} bits per weight; "
+            f"{self.seconds:.1f} s"
         )
 
 
