@@ -254,17 +254,18 @@ class QuantizedModule(LayerStateMixin, nn.Module):
 
     def selection(self) -> Selection:
         """Return the backend this layer uses and, if it is not the one asked for, the reason."""
-        if self._selection is None or self._selected_for is not self.backend:
-            q = self.qtensor()
-            self._selection = select(self.backend.value, q.spec, self._compute_dtype, q.W_q.device)
-            self._selected_for = self.backend
-        return self._selection
+        if self._selection is not None and self._selected_for is self.backend:
+            return self._selection
+        q = self.qtensor()
+        selection = select(self.backend.value, q.spec, self._compute_dtype, q.W_q.device)
+        if not torch.compiler.is_compiling():  # a graph must not have the layer's attributes as a side effect
+            self._selection, self._selected_for = selection, self.backend
+        return selection
 
     def dequantize(self) -> Tensor:
         """Return the weight that the codes stand for, in the compute dtype."""
         q = self.qtensor()
-        scale, zero = self._scale_and_zero()
-        return self.selection().backend.dequantize(q.W_q, scale, zero, q.spec, self._compute_dtype)
+        return self.selection().backend.dequantize(q.W_q, q.scale, q.zero, q.spec, self._compute_dtype)
 
     def unpack(self, reshape: bool = False, dtype: torch.dtype | None = None) -> Tensor | None:
         """Return the codes as the grouped matrix (or in the weight's shape) in `dtype` (default: compute dtype)."""

@@ -52,8 +52,6 @@ def quantize_tensor(
         raise DtypeError(f"got a weight of {tensor.dtype}; expected a floating-point dtype")
     if tensor.numel() == 0:
         raise ShapeError(f"got an empty weight of shape {tuple(tensor.shape)}; expected at least one element")
-    if tensor.device.type == "meta":
-        raise WeightError("got a weight on the meta device, which holds no values; load it first")
     nbits = check_nbits(nbits)
     spec = QSpec(
         nbits, tuple(tensor.shape), group_size, axis, FORMAT_OF_BITS[nbits], channel_wise=channel_wise
@@ -124,6 +122,8 @@ class Quantizer:
         """
         if compute_dtype is not None:
             check_compute_dtype(compute_dtype)
+        if tensor.device.type == "meta":
+            raise WeightError("got a weight on the meta device, which holds no values; load it first")
         replaced = cls.optimize_weights if cls.optimize_weights is not optimize_weights_proximal else None
         q = quantize_tensor(
             tensor.to(resolve_device(device, tensor.device)),

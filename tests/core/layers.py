@@ -1,0 +1,50 @@
+"""Layers for the tests of the core: a linear with fresh weights, its configuration, its quantised form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hqq.core.config import BaseQuantizeConfig
+from hqq.core.linear import HQQLinear
+
+
+def config(nbits: float = 4, group_size: int | None = 32, axis: int = 1, **options: Any) -> dict[str, Any]:
+    """Return a nested configuration for solver "hqq"."""
+    return BaseQuantizeConfig(nbits=nbits, group_size=group_size, axis=axis, solver="hqq", **options)
+
+
+def linear(rng: torch.Generator, out: int = 24, in_: int = 64, bias: bool = True) -> nn.Linear:
+    """Return an nn.Linear with fresh weights in float32."""
+    layer = nn.Linear(in_, out, bias=bias)
+    layer.weight.data = torch.randn(out, in_, generator=rng) * 0.1
+    if bias:
+        layer.bias.data = torch.randn(out, generator=rng)
+    return layer
+
+
+def quantized(
+    rng: torch.Generator, dtype: torch.dtype = torch.float32, bias: bool = True, **options: Any
+) -> HQQLinear:
+    """Return a quantised layer 24 x 64 on the CPU; `options` go into its configuration."""
+    return HQQLinear(linear(rng, bias=bias), config(**options), compute_dtype=dtype, device="cpu")
+
+
+def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two layer states have the same keys, types, dtypes, shapes and bits."""
+    return a.keys() == b.keys() and all(same_value(a[key], b[key]) for key in a)
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Whether two values of a layer state are the same, to the bit."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(_bits(a), _bits(b)))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return same_state(a, b)
+    return type(a) is type(b) and bool(a == b)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
