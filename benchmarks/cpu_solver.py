@@ -3,11 +3,13 @@
     python -m benchmarks.cpu_solver --original-python PATH [--repetitions 9] [--output FILE]
 
 PATH is the Python of an environment with `hqq==0.2.8.post1`; without it only this package is timed. Both sides run
-at the same time in their own interpreter and take turns, so that both see the same machine; what is reported is the
-median, and the ratio of the medians (below 1: this package is faster). Leave the machine alone meanwhile: with two
-threads on busy cores both sides mostly wait. The packed codes are compared as well. With
-more than one thread they may differ: torch then sums the error that the stop rule compares in another order, and where
-two iterations' errors are equal but for rounding the original stops earlier or later than it does with one thread.
+in their own interpreter and take turns, so that both see the same machine; what is reported is the median, and the
+ratio of the medians (below 1: this package is faster). Leave the machine alone meanwhile: with two threads on busy
+cores both sides mostly wait.
+
+The packed codes are compared as well. With more than one thread they may differ: torch then sums the error that the
+stop rule compares in another order, and where the errors of two iterations are equal but for rounding, the original
+stops earlier or later than it does with one thread.
 """
 
 from __future__ import annotations

@@ -48,7 +48,15 @@ OPTIONAL = {
 # Files that are not named after the optional library they import.
 ALLOWED = {
     "kernels/": ({"triton"}, "what this folder is written in"),
-    "models/load.py": ({"huggingface_hub"}, "a checkpoint may be named by its hub id"),
+    "models/load.py": (
+        {"huggingface_hub", "transformers"},
+        "opens models of transformers, by folder or hub id",
+    ),
+    "models/checkpoint/layout.py": ({"huggingface_hub"}, "a checkpoint may be named by its hub id"),
+    "models/checkpoint/skeleton.py": (
+        {"transformers"},
+        "builds the empty model that a checkpoint is loaded into",
+    ),
 }
 
 

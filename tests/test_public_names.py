@@ -50,7 +50,11 @@ PUBLIC = [
     "HQQEmbedding",
     "HQQLinear",
     "QuantConfig",
+    "QuantizationReport",
     "Quantizer",
+    "load_quantized",
+    "quantize_model",
+    "save_quantized",
 ]
 
 
