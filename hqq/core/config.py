@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hqq.core.bitpack import check_nbits
+from hqq.core.hooks import before_config
 from hqq.core.solvers import SOLVERS
 from hqq.errors import ConfigError
 
@@ -156,6 +157,7 @@ def hqq_base_quant_config(
     solver: str | None = None,
 ) -> LegacyConfig:
     """Return a quantisation configuration as the nested dict that the ecosystem uses; see `QuantConfig`."""
+    before_config()
     return QuantConfig(
         nbits=nbits,
         group_size=group_size,

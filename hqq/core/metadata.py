@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from hqq.core.qtensor import QTensor
@@ -19,11 +21,17 @@ class QuantizedMetadata(nn.Module):
         if isinstance(q.scale, QTensor) or isinstance(q.zero, QTensor):
             raise TypeError("got metadata quantised twice; expected one level")
         self.spec = q.spec
-        # Not persistent: the owning layer writes these under the keys of the wire format.
-        self.register_buffer("W_q", q.W_q, persistent=False)
-        self.register_buffer("scale", q.scale, persistent=False)
-        self.register_buffer("zero", q.zero, persistent=False)
+        # Persistent, though the owner writes and reads them: loaders take other buffers for what can be made anew.
+        self.register_buffer("W_q", q.W_q)
+        self.register_buffer("scale", q.scale)
+        self.register_buffer("zero", q.zero)
 
     def qtensor(self) -> QTensor:
         """Return the tensors and their description."""
         return QTensor(self.W_q, self.scale, self.zero, self.spec)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Write nothing: the owner writes these under the keys of the wire format."""
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Read nothing: the owner does."""

@@ -1,0 +1,58 @@
+"""Installing the repair into transformers' HqqHfQuantizer, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hqq.errors import BackendError
+from hqq.integrations.transformers.versions import Support, support
+
+_MARK = "_hqq_repair"
+
+
+def on_config() -> None:
+    """Install the repair if transformers can be repaired; called for every configuration, so it returns fast."""
+    try:
+        from transformers.quantizers import quantizer_hqq
+    except ImportError:
+        return  # a transformers without HQQ: nothing there can ask for it
+    if not hasattr(quantizer_hqq.HqqHfQuantizer, _MARK):
+        install()
+
+
+def install() -> Support:
+    """Make the installed transformers quantise, save and load with HQQ, and return what that took.
+
+    Does nothing where transformers does so itself, or where it has been done. A transformers that is too old or too
+    new is told to raise BackendError, with a sentence that names what to do, where it would use HQQ.
+    """
+    found = support()
+    if found.need == "unsupported" and "HqqHfQuantizer" in str(found.reason):
+        return found
+    from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
+
+    if hasattr(HqqHfQuantizer, _MARK):
+        return found
+    for name, method in _methods(found).items():
+        setattr(HqqHfQuantizer, name, method)
+    setattr(HqqHfQuantizer, _MARK, found.need)
+    return found
+
+
+def _methods(found: Support) -> Mapping[str, Callable[..., Any]]:
+    if found.need == "loader":
+        from hqq.integrations.transformers.quantizer import METHODS
+
+        return METHODS
+    if found.need == "dtype":
+        from hqq.integrations.transformers.quantizer_457 import METHODS as METHODS_457
+
+        return METHODS_457
+    if found.need == "unsupported":
+
+        def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+            raise BackendError(str(found.reason))
+
+        return {"validate_environment": refuse, "_process_model_before_weight_loading": refuse}
+    return {}
