@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from hqq.core.qtensor import QSpec, dequantize
+from hqq.core.qtensor import QSpec, QTensor, dequantize
 
 
 @cache
@@ -29,8 +29,15 @@ class CompiledBackend:
         return None
 
     def dequantize(
-        self, W_q: Tensor, scale: Tensor, zero: Tensor, spec: QSpec, compute_dtype: torch.dtype
+        self,
+        W_q: Tensor,
+        scale: Tensor | QTensor,
+        zero: Tensor | QTensor,
+        spec: QSpec,
+        compute_dtype: torch.dtype,
     ) -> Tensor:
+        scale = scale.dequantize(compute_dtype) if isinstance(scale, QTensor) else scale
+        zero = zero.dequantize(compute_dtype) if isinstance(zero, QTensor) else zero
         if torch.compiler.is_compiling():
             return dequantize(W_q, scale, zero, spec, compute_dtype)
         return _compiled()(W_q, scale, zero, spec, compute_dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hqq.core.qtensor import QSpec
+from hqq.core.qtensor import QSpec, QTensor
 from hqq.kernels import dequantize
 from hqq.kernels.availability import device_reason, unavailable_reason
 from hqq.kernels.dequant_plan import KERNEL_DTYPES
@@ -27,7 +27,12 @@ class TritonBackend:
         return device_reason(device)
 
     def dequantize(
-        self, W_q: Tensor, scale: Tensor, zero: Tensor, spec: QSpec, compute_dtype: torch.dtype
+        self,
+        W_q: Tensor,
+        scale: Tensor | QTensor,
+        zero: Tensor | QTensor,
+        spec: QSpec,
+        compute_dtype: torch.dtype,
     ) -> Tensor:
         assert spec.packing is not None
         return dequantize(

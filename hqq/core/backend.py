@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from importlib import import_module
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hqq.core.qtensor import QSpec, dequantize
+from hqq.core.qtensor import QSpec, QTensor
 from hqq.errors import BackendError
+
+_logger = logging.getLogger(__name__)
 
 
 class HQQBackend(Enum):
@@ -45,9 +49,14 @@ class DequantBackend(Protocol):
         ...
 
     def dequantize(
-        self, W_q: Tensor, scale: Tensor, zero: Tensor, spec: QSpec, compute_dtype: torch.dtype
+        self,
+        W_q: Tensor,
+        scale: Tensor | QTensor,
+        zero: Tensor | QTensor,
+        spec: QSpec,
+        compute_dtype: torch.dtype,
     ) -> Tensor:
-        """Return `(W_q - zero) * scale` of spec.shape in compute_dtype."""
+        """Return `(W_q - zero) * scale` of spec.shape in compute_dtype; scale and zero may be quantised themselves."""
         ...
 
 
@@ -63,9 +72,14 @@ class EagerBackend:
         return None
 
     def dequantize(
-        self, W_q: Tensor, scale: Tensor, zero: Tensor, spec: QSpec, compute_dtype: torch.dtype
+        self,
+        W_q: Tensor,
+        scale: Tensor | QTensor,
+        zero: Tensor | QTensor,
+        spec: QSpec,
+        compute_dtype: torch.dtype,
     ) -> Tensor:
-        return dequantize(W_q, scale, zero, spec, compute_dtype)
+        return QTensor(W_q, scale, zero, spec).dequantize(compute_dtype)
 
 
 @dataclass(frozen=True)
@@ -100,4 +114,14 @@ def select(name: str, spec: QSpec, compute_dtype: torch.dtype, device: torch.dev
     """Return the backend called `name` if it runs here and takes `spec`, else the reference and the reason."""
     backend = get_backend(name)
     reason = backend.available() or backend.supports(spec, compute_dtype, device)
-    return Selection(backend, name) if reason is None else Selection(EAGER, name, reason)
+    if reason is None:
+        return Selection(backend, name)
+    if not torch.compiler.is_compiling():  # a log call would break the graph
+        _tell(name, reason)
+    return Selection(EAGER, name, reason)
+
+
+@cache
+def _tell(name: str, reason: str) -> None:
+    # Once for each reason, not once for each layer.
+    _logger.warning("backend %r is not used, layers dequantise with %r: %s", name, EAGER.name, reason)

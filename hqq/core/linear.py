@@ -17,6 +17,7 @@ from hqq.core.meta import qtensor_from_meta
 from hqq.core.quantized_module import QuantizedModule
 from hqq.core.quantizer import Quantizer
 from hqq.core.storable import check_representable
+from hqq.core.watch import before_layer
 from hqq.errors import ConfigError, DtypeError, ShapeError
 
 
@@ -45,6 +46,7 @@ class HQQLinear(QuantizedModule):
         device: DeviceLike = None,
         initialize: bool = True,
     ) -> None:
+        before_layer()
         super().__init__(compute_dtype, device)
         if quant_config is not None:
             config: LegacyConfig = copy.deepcopy(complete_config(quant_config))
@@ -163,14 +165,14 @@ class HQQLinear(QuantizedModule):
                 f"got input of {x.dtype}; the layer computes in {self._compute_dtype}. Cast the input, or the layer "
                 f"with .to({x.dtype})"
             )
-        scale, zero = self._scale_and_zero()
         backend = self.selection().backend
         if torch.is_grad_enabled() and (
             x.requires_grad or (self.bias is not None and self.bias.requires_grad)
         ):
+            scale, zero = self._scale_and_zero()
             args = (x, self.bias, q.W_q, scale, zero, q.spec, backend, self._compute_dtype)
             return DequantLinear.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
-        return F.linear(x, backend.dequantize(q.W_q, scale, zero, q.spec, self._compute_dtype), self.bias)
+        return F.linear(x, backend.dequantize(q.W_q, q.scale, q.zero, q.spec, self._compute_dtype), self.bias)
 
     def extra_repr(self) -> str:
         if self._spec is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Union
-
 import torch
 from torch import Tensor
 
@@ -17,8 +15,8 @@ from hqq.kernels.dequant_plan import Stat, inline_stat
 
 def dequantize(
     W_q: Tensor,
-    scale: Union[Tensor, QTensor],
-    zero: Union[Tensor, QTensor],
+    scale: Tensor | QTensor,
+    zero: Tensor | QTensor,
     *,
     nbits: float,
     shape: tuple[int, ...],
@@ -59,37 +57,40 @@ def dequantize(
         packing = FORMAT_OF_BITS[nbits]
     if compute_dtype is None:
         compute_dtype = _dtype_of(scale)
-    scale, zero = inline_stat(scale, compute_dtype), inline_stat(zero, compute_dtype)
+    s, z = inline_stat(scale, compute_dtype), inline_stat(zero, compute_dtype)
     if out_dtype is None:
-        out_dtype = torch.promote_types(compute_dtype, _result_dtype(zero, compute_dtype))
-        out_dtype = torch.promote_types(out_dtype, _result_dtype(scale, compute_dtype))
+        out_dtype = torch.promote_types(compute_dtype, _result_dtype(z, compute_dtype))
+        out_dtype = torch.promote_types(out_dtype, _result_dtype(s, compute_dtype))
     if block_size is not None:
         if config is not None or autotune:
-            raise ConfigError("got block_size together with config or autotune; expected one way to choose tile sizes")
+            raise ConfigError(
+                "got block_size together with config or autotune; expected one way to choose tile sizes"
+            )
         config = config_of_block(block_size, out_dtype.itemsize)
     if config is not None and autotune:
         raise ConfigError("got config together with autotune; expected one way to choose tile sizes")
-    return dequant_op.dequantize_op(
+    result: Tensor = dequant_op.dequantize_op(
         W_q,
-        scale.values,
-        scale.scale,
-        scale.zero,
-        zero.values,
-        zero.scale,
-        zero.zero,
+        s.values,
+        s.scale,
+        s.zero,
+        z.values,
+        z.scale,
+        z.zero,
         float(nbits),
         list(shape),
         group_size,
         axis,
         channel_wise,
         packing,
-        scale.axis,
-        zero.axis,
+        s.axis,
+        z.axis,
         compute_dtype,
         out_dtype,
         [] if config is None else list(config),
         autotune,
     )
+    return result
 
 
 def dequantize_qtensor(
@@ -126,7 +127,7 @@ def dequantize_qtensor(
     )
 
 
-def _dtype_of(stat: Union[Tensor, QTensor]) -> torch.dtype:
+def _dtype_of(stat: Tensor | QTensor) -> torch.dtype:
     return stat.dtype if isinstance(stat, Tensor) else _dtype_of(stat.scale)
 
 

@@ -26,7 +26,9 @@ def check_config(config: Config) -> Config:
         power_needed = name != "steps"
         if not 1 <= value <= largest or (power_needed and value & (value - 1)):
             kind = "a power of two" if power_needed else "an integer"
-            raise ConfigError(f"got {name}={value} for the dequantisation kernel; expected {kind} from 1 to {largest}")
+            raise ConfigError(
+                f"got {name}={value} for the dequantisation kernel; expected {kind} from 1 to {largest}"
+            )
     return config
 
 
@@ -61,6 +63,8 @@ def default_config(view: MatrixView, out_itemsize: int) -> Config:
 def candidates(view: MatrixView, out_itemsize: int) -> list[Config]:
     """Return the configurations that tuning measures, the shipped choice first."""
     steps = (1, 2, 4, 8, 16) if view.groups == "columns" else (1, 2, 4)
-    tried = [Config(full_width(out_itemsize, w), w, s) for w in (2, 4, 8) for s in steps if s <= view.packed_rows]
+    tried = [
+        Config(full_width(out_itemsize, w), w, s) for w in (2, 4, 8) for s in steps if s <= view.packed_rows
+    ]
     first = default_config(view, out_itemsize)
     return [first, *(c for c in tried if c != first)]

@@ -6,6 +6,10 @@ so that both sides move as whole contiguous stretches. Groups are runs of `SPLIT
 ("columns"), or everything ("one"); see `view_of` for how a tensor becomes this matrix.
 """
 
+# Written in Triton's language, which is not quite Python: branches on constants choose what is compiled.
+# mypy: ignore-errors
+# ruff: noqa: RET505, SIM108, SIM300
+
 from __future__ import annotations
 
 import triton
@@ -28,7 +32,15 @@ def _rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _load_stat(
-    values, scale, zero, group, keep, period, MODE: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr
+    values,
+    scale,
+    zero,
+    group,
+    keep,
+    period,
+    MODE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """Scale or zero of `group`: a load, or 8-bit codes dequantised with a scale and zero of their own.
 
@@ -55,7 +67,7 @@ def _field(
     w,
     zero,
     scale,
-    I: tl.constexpr,
+    FIELD: tl.constexpr,
     BITS: tl.constexpr,
     FIELDS: tl.constexpr,
     ASM: tl.constexpr,
@@ -66,11 +78,13 @@ def _field(
     OUT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """`(W_q - zero) * scale` of field I of the packed codes `w`."""
+    """`(W_q - zero) * scale` of field FIELD of the packed codes `w`."""
     if ASM is not None:
-        return tl.inline_asm_elementwise(ASM[I], CONSTRAINTS, [w, zero, scale], dtype=zero.dtype, is_pure=True, pack=PACK)
+        return tl.inline_asm_elementwise(
+            ASM[FIELD], CONSTRAINTS, [w, zero, scale], dtype=zero.dtype, is_pure=True, pack=PACK
+        )
     else:
-        codes = ((w >> (BITS * (FIELDS - 1 - I))) & ((1 << BITS) - 1)).to(tl.float32)
+        codes = ((w >> (BITS * (FIELDS - 1 - FIELD))) & ((1 << BITS) - 1)).to(tl.float32)
         difference = _rounded(codes - zero.to(tl.float32), DIFFERENCE, INTERPRETED)
         product = _rounded(difference * scale.to(tl.float32), PRODUCT, INTERPRETED)
         return _rounded(product, OUT, INTERPRETED).to(OUT)
@@ -138,14 +152,16 @@ def dequantize_kernel(
     row = first_row + tl.arange(0, TILE_ROWS)
     if GROUPS != "rows":
         group, keep = (column, in_width) if GROUPS == "columns" else (0, None)
-        s = _load_stat(scale, scale_scale, scale_zero, group, keep, scale_period, SCALE_MODE, STAT, INTERPRETED)
+        s = _load_stat(
+            scale, scale_scale, scale_zero, group, keep, scale_period, SCALE_MODE, STAT, INTERPRETED
+        )
         z = _load_stat(zero, zero_scale, zero_zero, group, keep, zero_period, ZERO_MODE, STAT, INTERPRETED)
         if GROUPS == "columns":
             s, z = s[None, :], z[None, :]
     keep = (row < packed_rows)[:, None] & in_width[None, :]
     place = row[:, None] * width + column[None, :]
     w = tl.load(W_q + place, mask=keep, eviction_policy=LOAD_POLICY)
-    for step in range(STEPS):
+    for _ in range(STEPS):
         if STEPS > 1:
             # The next tile is asked for before this one is used.
             next_row = row + TILE_ROWS
@@ -160,12 +176,28 @@ def dequantize_kernel(
                 has_group = (row < packed_rows) & (row + i * packed_rows < rows)
                 scales += (
                     _load_stat(
-                        scale, scale_scale, scale_zero, group, has_group, scale_period, SCALE_MODE, STAT, INTERPRETED
+                        scale,
+                        scale_scale,
+                        scale_zero,
+                        group,
+                        has_group,
+                        scale_period,
+                        SCALE_MODE,
+                        STAT,
+                        INTERPRETED,
                     )[:, None],
                 )
                 zeros += (
                     _load_stat(
-                        zero, zero_scale, zero_zero, group, has_group, zero_period, ZERO_MODE, STAT, INTERPRETED
+                        zero,
+                        zero_scale,
+                        zero_zero,
+                        group,
+                        has_group,
+                        zero_period,
+                        ZERO_MODE,
+                        STAT,
+                        INTERPRETED,
                     )[:, None],
                 )
         for i in tl.static_range(FIELDS):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, ContextManager
+from typing import Any
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from hqq.core.qtensor import QSpec
@@ -59,9 +59,9 @@ def launch(
     difference = torch.promote_types(dtype, zero_dtype)
     product = torch.promote_types(difference, scale_dtype)
     ptx = _NO_ASM
-    if asm and {difference, product, scale_dtype, zero_dtype} == {out_dtype} and out_dtype in _ASM_NAME:
-        if _has_packed_floats(W_q.device):
-            ptx = field_asm(_ASM_NAME[out_dtype], fmt.bits, fmt.fields)
+    one_dtype = {difference, product, scale_dtype, zero_dtype} == {out_dtype}
+    if asm and one_dtype and out_dtype in _ASM_NAME and _has_packed_floats(W_q.device):
+        ptx = field_asm(_ASM_NAME[out_dtype], fmt.bits, fmt.fields)
     view = view_of(spec.grouping, fmt, config.block)
     tile_columns = min(config.block, triton.next_power_of_2(view.columns))
     tile_rows = config.block // tile_columns
@@ -116,7 +116,7 @@ def matrix_view(spec: QSpec, config: Config) -> MatrixView:
     return view_of(spec.grouping, spec.format, config.block)
 
 
-def _on(device: torch.device) -> ContextManager[Any]:
+def _on(device: torch.device) -> AbstractContextManager[Any]:
     # Triton launches on the current device; changing it costs microseconds, so only where it differs.
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
@@ -126,7 +126,8 @@ def _on(device: torch.device) -> ContextManager[Any]:
 @cache
 def _has_packed_floats(device: torch.device) -> bool:
     """Whether the PTX of `field_asm` runs: NVIDIA, compute capability 8.0 or later, not interpreted."""
-    if device.type != "cuda" or torch.version.cuda is None:
+    # Triton 3.3 cannot pick a text out of a constant tuple.
+    if device.type != "cuda" or torch.version.cuda is None or not hasattr(tl.constexpr, "__getitem__"):
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 

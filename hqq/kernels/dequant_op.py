@@ -83,9 +83,10 @@ def _fake(*args: object) -> Tensor:
     return call.W_q.new_empty(call.spec.shape, dtype=call.out_dtype)
 
 
-LIBRARY = torch.library.Library("hqq", "FRAGMENT")
-LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-LIBRARY.impl("dequantize", _on_any_device, "CompositeExplicitAutograd")
-LIBRARY.impl("dequantize", _on_cuda, "CUDA")
+LIBRARY = torch.library.Library("hqq", "FRAGMENT")  # type: ignore[no-untyped-call]
+LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+LIBRARY.impl("dequantize", _on_any_device, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+LIBRARY.impl("dequantize", _on_cuda, "CUDA")  # type: ignore[no-untyped-call]
 torch.library.register_fake("hqq::dequantize", _fake, lib=LIBRARY)
+
 dequantize_op = torch.ops.hqq.dequantize.default

@@ -68,7 +68,11 @@ def inline_stat(stat: Tensor | QTensor, dtype: torch.dtype) -> Stat:
     scale, zero, spec = stat.scale, stat.zero, stat.spec
     if spec.packing == "8bit_u8" and stat.W_q.dtype == torch.uint8 and isinstance(scale, Tensor):
         grouping = spec.grouping
-        if isinstance(zero, Tensor) and scale.dtype == zero.dtype == dtype and scale.numel() == grouping.num_groups:
+        if (
+            isinstance(zero, Tensor)
+            and scale.dtype == zero.dtype == dtype
+            and scale.numel() == grouping.num_groups
+        ):
             # A whole-channel statistic along axis 0 is a matrix like [G, 1] whose only group is its column.
             return Stat(stat.W_q, scale, zero, spec.axis)
     return Stat(stat.dequantize(dtype))
@@ -86,10 +90,14 @@ def check_call(W_q: Tensor, scale: Stat, zero: Stat, spec: QSpec, *dtypes: torch
     """Raise DtypeError, ShapeError or ConfigError unless the kernel may read these tensors as `spec` says."""
     check_packed(W_q, spec)
     if not W_q.is_contiguous():
-        raise ShapeError(f"got W_q of shape {tuple(W_q.shape)} with strides {W_q.stride()}; call .contiguous() first")
+        raise ShapeError(
+            f"got W_q of shape {tuple(W_q.shape)} with strides {W_q.stride()}; call .contiguous() first"
+        )
     for dtype in dtypes:
         if dtype not in KERNEL_DTYPES:
-            raise DtypeError(f"got {dtype} for the dequantisation kernel; expected float16, bfloat16 or float32")
+            raise DtypeError(
+                f"got {dtype} for the dequantisation kernel; expected float16, bfloat16 or float32"
+            )
     for name, stat in (("scale", scale), ("zero", zero)):
         _check_stat(name, stat, spec, W_q.device)
 
@@ -117,4 +125,6 @@ def _check_stat(name: str, stat: Stat, spec: QSpec, device: torch.device) -> Non
             raise DtypeError(f"got {name} of {tensor.dtype}; expected float16, bfloat16 or float32")
     for tensor in (stat.values, *floats):
         if tensor.device != device:
-            raise ConfigError(f"got {name} on {tensor.device} and W_q on {device}; expected one device for both")
+            raise ConfigError(
+                f"got {name} on {tensor.device} and W_q on {device}; expected one device for both"
+            )

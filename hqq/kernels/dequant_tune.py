@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Callable
 
 import torch
-import triton
+import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 import hqq
@@ -15,6 +15,7 @@ from hqq.errors import ConfigError
 from hqq.kernels.dequant_config import Config, candidates, check_config, default_config
 from hqq.kernels.dequant_launch import launch, matrix_view
 from hqq.kernels.dequant_plan import Stat
+from hqq.kernels.dequant_view import MatrixView
 from hqq.kernels.tune_cache import TuneCache
 
 _WARM_UP_MS, _MEASURE_MS = 3, 15
@@ -73,7 +74,9 @@ def _cache_of(device_name: str) -> TuneCache:
 def _key(scale: Stat, zero: Stat, spec: QSpec, out_dtype: torch.dtype) -> str:
     groups = spec.group_size if spec.channel_wise else "tensor"
     shape = "x".join(map(str, spec.shape))
-    return f"{spec.packing} axis{spec.axis} gs{groups} {out_dtype} scale:{scale.mode} zero:{zero.mode} {shape}"
+    return (
+        f"{spec.packing} axis{spec.axis} gs{groups} {out_dtype} scale:{scale.mode} zero:{zero.mode} {shape}"
+    )
 
 
 def _valid(choice: tuple[int, ...] | None) -> Config | None:
@@ -86,7 +89,7 @@ def _valid(choice: tuple[int, ...] | None) -> Config | None:
         return None
 
 
-def _view(spec: QSpec):  # type: ignore[no-untyped-def]
+def _view(spec: QSpec) -> MatrixView:
     return matrix_view(spec, Config(_WIDEST, 1, 1))
 
 

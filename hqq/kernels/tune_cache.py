@@ -42,7 +42,9 @@ class TuneCache:
         try:
             self._write(self._choices)
         except OSError as error:
-            warnings.warn(f"could not keep tuned tile sizes in {self.path} ({error})", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"could not keep tuned tile sizes in {self.path} ({error})", RuntimeWarning, stacklevel=2
+            )
 
     def _read(self) -> dict[str, list[int]]:
         try:
