@@ -40,6 +40,7 @@ def model_config(model: nn.Module, described: Mapping[str, Any]) -> dict[str, An
     pretrained = getattr(model, "default_cfg", None) or getattr(model, "pretrained_cfg", None)
     if isinstance(pretrained, Mapping) and "architecture" in pretrained:
         content["architecture"] = pretrained["architecture"]
+        content["num_classes"] = getattr(model, "num_classes", pretrained.get("num_classes"))
     content["architectures"] = [type(model).__name__]
     content["quantization_config"] = dict(described)
     return content

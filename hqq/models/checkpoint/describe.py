@@ -69,7 +69,7 @@ def describe_checkpoint(path: str | Path, *, cache_dir: str | Path | None = None
         if name not in source.layers
     ]
     weights = sum(_numel(row.shape) for row in layers) + sum(_numel(row.shape) for row in tensors)
-    total = sum(row.bytes for row in (*layers, *tensors))
+    total = sum(row.bytes for row in layers) + sum(row.bytes for row in tensors)
     rows = (*layers, *shared)
     return CheckpointDescription(
         str(directory), detect_format(directory), rows, tuple(tensors), weights, total

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -46,6 +46,22 @@ def shards_by_size(units: Mapping[str, int], limit: int) -> list[list[str]]:
         shards[-1].append(name)
         filled += size
     return shards
+
+
+def shards_by_blocks(units: Mapping[str, int], blocks: Sequence[str], per_file: int) -> list[list[str]]:
+    """Return the units in shards of `per_file` blocks each (names of modules); what is in no block goes last."""
+    shards: list[list[str]] = [[] for _ in range(max(1, len(blocks) // max(1, per_file)))]
+    shard_of = {block: min(i // max(1, per_file), len(shards) - 1) for i, block in enumerate(blocks)}
+    for name in units:
+        block = next((head for head in _heads(name) if head in shard_of), None)
+        shards[len(shards) - 1 if block is None else shard_of[block]].append(name)
+    return [shard for shard in shards if shard]
+
+
+def _heads(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def write_safetensors(directory: Path, source: Source, shards: Sequence[Sequence[str]], disk: Disk) -> None:

@@ -20,6 +20,11 @@ from hqq.models.checkpoint.source import LayerState, Source, state_bytes
 
 def write_torch(directory: Path, source: Source, disk: Disk) -> None:
     """Write `source` as qmodel.pt into `directory`. torch.save stores a tensor that several names share once."""
+    disk.write_torch(directory / TORCH, state_by_module(source))
+
+
+def state_by_module(source: Source) -> dict[str, dict[str, Any]]:
+    """Return {module name: state} of `source` on the CPU, layers as raw Python types."""
     modules: dict[str, dict[str, Any]] = {}
     values: dict[str, Any] = {}
     for name in source.units:
@@ -35,7 +40,7 @@ def write_torch(directory: Path, source: Source, disk: Disk) -> None:
             modules[alias] = {**{key: value for key, value in values[name].items() if key != "bias"}, **own}
         else:
             _put(modules, alias, values[name])
-    disk.write_torch(directory / TORCH, modules)
+    return modules
 
 
 def _put(modules: dict[str, dict[str, Any]], name: str, tensor: Tensor) -> None:

@@ -1,0 +1,1 @@
+"""Old per-family import paths of transformers models."""
