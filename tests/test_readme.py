@@ -21,7 +21,9 @@ pytest.importorskip("transformers")
 
 def block(heading: str, language: str) -> str:
     """Return the first fenced block of a language under a heading."""
-    found = re.search(rf"^## {re.escape(heading)}\n.*?^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    found = re.search(
+        rf"^## {re.escape(heading)}\n.*?^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL
+    )
     assert found is not None
     return found[1]
 

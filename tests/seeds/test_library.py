@@ -64,7 +64,7 @@ def model_id(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def model_scope(scope: dict[str, Any], model_id: str) -> dict[str, Any]:
-    return scope | {"model_id": model_id, "compute_dtype": torch.bfloat16, "device": DEVICE}
+    return scope | {"model_id": model_id, "compute_dtype": torch.float16, "device": DEVICE}
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_quantise_save_and_load(model_scope: dict[str, Any], tmp_path: Path) -> 
     assert len(layers) == 14
     assert isinstance(model.lm_head, nn.Linear)
     for name, layer in layers.items():
-        assert_quantised_well(layer, original.get_submodule(name).weight.bfloat16(), levels=16, group_size=64)
+        assert_quantised_well(layer, original.get_submodule(name).weight.half(), levels=16, group_size=64)
     before = logits(model)
     model_scope["save_dir"] = str(tmp_path / "saved")
     exec(snippet("Save and load"), model_scope)
