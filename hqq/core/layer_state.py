@@ -158,6 +158,7 @@ def _quant_config(decoded: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[s
 class LayerStateMixin(nn.Module):
     """The state-dict methods of a quantised layer."""
 
+    bias: nn.Parameter | None
     encoded_state_dict: bool
 
     def state_dict_keys(self) -> set[str]:
@@ -214,6 +215,9 @@ class LayerStateMixin(nn.Module):
         if absent:
             missing.extend(prefix + key for key in absent)
             return
+        if self.bias is not None and "bias" not in own:
+            missing.append(prefix + "bias")
+            own["bias"] = self.bias
         try:
             load_layer_state(self, own)  # type: ignore[arg-type]
         except HQQError as error:

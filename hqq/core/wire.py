@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hqq.core.dtypes import dtype_from_name
-from hqq.errors import CorruptCheckpointError
+from hqq.errors import CorruptCheckpointError, HQQError
 
 # The keys of a layer in hqq 0.2.x; bias is optional.
 LAYER_KEYS: tuple[str, ...] = (
@@ -102,9 +102,9 @@ def _decode_value(key: str, value: Any) -> Any:
         return value
     try:
         return decoder(value)
-    except (RuntimeError, ValueError, UnicodeDecodeError, OverflowError) as error:
-        if isinstance(error, CorruptCheckpointError):
-            raise
+    except HQQError:
+        raise
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise CorruptCheckpointError(
             f"got {key} as a tensor of shape {tuple(value.shape)} and {value.dtype} that does not decode ({error})"
         ) from error
