@@ -26,8 +26,12 @@ class Layout:
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout((48, 96), 32, "a plain layer, several groups in each row and column"),
-    Layout((64, 128), 64, "the usual group size, powers of two"),
-    Layout((7, 24), 8, "seven rows of three groups: 21 grouped rows, which fill no byte at 4, 2 or 1 bit on axis 1"),
+    Layout((64, 64), 64, "the usual group size, powers of two"),
+    Layout(
+        (7, 24),
+        8,
+        "seven rows of three groups: 21 grouped rows, which fill no byte at 4, 2 or 1 bit on axis 1",
+    ),
     Layout((9, 10), 5, "odd group size: ragged packed rows on both axes"),
     Layout((1, 64), 16, "one row"),
     Layout((40, 1), 8, "one column"),

@@ -27,7 +27,9 @@ def entry_id(entry: dict[str, Any]) -> str:
     flags = [name for name in ("bias", "optimize", "round_zero", "view_as_float") if entry[name]]
     N, K = entry["shape"]
     dtype = entry["dtype"].removeprefix("torch.")
-    return f"{entry['nbits']}bit-axis{entry['axis']}-gs{entry['group_size']}-{N}x{K}-{dtype}-{'-'.join(flags)}"
+    return (
+        f"{entry['nbits']}bit-axis{entry['axis']}-gs{entry['group_size']}-{N}x{K}-{dtype}-{'-'.join(flags)}"
+    )
 
 
 def compute_dtype(entry: dict[str, Any]) -> torch.dtype:
@@ -50,7 +52,9 @@ def raw_states() -> dict[str, dict[str, Any]]:
 
 def encoded_state(name: str) -> dict[str, Tensor]:
     """Return one layer's encoded state, without prefix."""
-    return {key.removeprefix(f"{name}."): value for key, value in tensors().items() if key.startswith(f"{name}.")}
+    return {
+        key.removeprefix(f"{name}."): value for key, value in tensors().items() if key.startswith(f"{name}.")
+    }
 
 
 @cache

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests import oracle
-from tests.compat import golden
-from tests.core.layers import same_state, same_value
 from torch import nn
 
 from hqq.core.linear import HQQLinear
+from tests import oracle
+from tests.compat import golden
+from tests.core.layers import same_state, same_value
 
 ENTRIES = golden.entries()
 each_layer = pytest.mark.parametrize("entry", ENTRIES, ids=golden.entry_id)
@@ -24,7 +24,9 @@ def quantise_again(entry: dict[str, Any]) -> HQQLinear:
     linear.weight.data = W.clone()
     if entry["bias"]:
         linear.bias.data = golden.tensors()[f"{name}.bias"].float()
-    weight_params = {key: entry[key] for key in ("nbits", "group_size", "axis", "optimize", "round_zero", "view_as_float")}
+    weight_params = {
+        key: entry[key] for key in ("nbits", "group_size", "axis", "optimize", "round_zero", "view_as_float")
+    }
     config = {"weight_quant_params": {**weight_params, "channel_wise": True, "solver": "hqq"}}
     return HQQLinear(linear, config, compute_dtype=golden.compute_dtype(entry), device="cpu")
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load, save
-from tests.compat import golden
-from tests.core.layers import same_state, same_value
 from torch.nn import functional as F
 
 from hqq.core.linear import HQQLinear
+from tests.compat import golden
+from tests.core.layers import same_state, same_value
 
 NAMES = sorted(golden.old_layers())
 each_layer = pytest.mark.parametrize("name", NAMES)

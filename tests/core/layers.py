@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hqq.core.config import BaseQuantizeConfig
 from hqq.core.linear import HQQLinear
@@ -30,6 +31,24 @@ def quantized(
 ) -> HQQLinear:
     """Return a quantised layer 24 x 64 on the CPU; `options` go into its configuration."""
     return HQQLinear(linear(rng, bias=bias), config(**options), compute_dtype=dtype, device="cpu")
+
+
+def exact(layer: HQQLinear, x: Tensor) -> Tensor:
+    """The product in float64, from the dequantised weight."""
+    bias = None if layer.bias is None else layer.bias.detach().double()
+    return F.linear(x.detach().double(), layer.dequantize().double(), bias)
+
+
+def product_bound(layer: HQQLinear, x: Tensor) -> Tensor:
+    """K + 1 additions of rounded products: |error| <= (K + 2) u sum |x W| + u |bias|, and the result's own rounding."""
+    u = torch.finfo(layer.compute_dtype).eps / 2
+    accumulate = min(u, 2.0**-24)  # sums of 16-bit products are kept in float32 (or finer)
+    magnitude = x.detach().double().abs() @ layer.dequantize().double().abs().t()
+    if layer.bias is not None:
+        magnitude = magnitude + layer.bias.detach().double().abs()
+    tiny = torch.finfo(layer.compute_dtype).smallest_normal
+    # bias and sum may be rounded to the dtype one after the other
+    return magnitude * ((x.shape[-1] + 2) * accumulate + 2 * u) + tiny
 
 
 def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:

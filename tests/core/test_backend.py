@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.core.layers import quantized
 from torch import Tensor
 
 from hqq.core import backend as backend_module
@@ -16,6 +15,7 @@ from hqq.core.embedding import HQQEmbedding
 from hqq.core.linear import HQQLinear
 from hqq.core.qtensor import QSpec, dequantize
 from hqq.errors import BackendError
+from tests.core.layers import quantized
 
 
 class Doubling(EagerBackend):
@@ -57,7 +57,11 @@ def doubling(monkeypatch: pytest.MonkeyPatch, restore: None) -> Doubling:
 def test_names_of_the_original() -> None:
     assert HQQBackend.ATEN is HQQBackend.ATEN_BACKPROP is HQQBackend.ATEN_FORWARD is HQQBackend.TRITON
     assert HQQBackend.PYTORCH_BACKPROP is HQQBackend.PYTORCH_FORWARD is HQQBackend.PYTORCH
-    assert HQQBackend.PYTORCH_BACKPROP_COMPILE is HQQBackend.PYTORCH_FORWARD_COMPILE is HQQBackend.PYTORCH_COMPILE
+    assert (
+        HQQBackend.PYTORCH_BACKPROP_COMPILE
+        is HQQBackend.PYTORCH_FORWARD_COMPILE
+        is HQQBackend.PYTORCH_COMPILE
+    )
 
 
 def test_every_member_names_a_backend() -> None:
@@ -67,7 +71,9 @@ def test_every_member_names_a_backend() -> None:
 
 
 def test_unknown_backends() -> None:
-    with pytest.raises(BackendError, match=r"got backend 'magic'; expected one of pytorch, pytorch_compile, triton"):
+    with pytest.raises(
+        BackendError, match=r"got backend 'magic'; expected one of pytorch, pytorch_compile, triton"
+    ):
         get_backend("magic")
     with pytest.raises(BackendError, match=r"got backend 'magic'; expected one of HQQBackend\.PYTORCH, "):
         HQQLinear.set_backend("magic")  # type: ignore[arg-type]
@@ -95,7 +101,9 @@ def test_gradients_go_through_the_chosen_backend(doubling: Doubling, rng: torch.
     torch.testing.assert_close(x.grad, (weight * 2).sum(0).expand(2, 64))
 
 
-def test_the_choice_is_made_once_and_again_when_the_layer_changes(doubling: Doubling, rng: torch.Generator) -> None:
+def test_the_choice_is_made_once_and_again_when_the_layer_changes(
+    doubling: Doubling, rng: torch.Generator
+) -> None:
     HQQLinear.set_backend(HQQBackend.TRITON)
     layer = quantized(rng)
     for _ in range(3):

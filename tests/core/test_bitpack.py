@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests import oracle
 
 from hqq.core.bitpack import (
     FORMAT_OF_BITS,
@@ -19,6 +18,7 @@ from hqq.core.bitpack import (
     unpack,
 )
 from hqq.errors import ConfigError, DtypeError, ShapeError
+from tests import oracle
 
 ROWS = (1, 2, 3, 7, 8, 9, 10, 11, 19, 20, 21, 40, 64)
 
@@ -42,7 +42,9 @@ def test_bytes_are_the_oracles(name: str, rows: int, rng: torch.Generator) -> No
 def test_unpack_reads_what_the_oracle_packed(name: str, rows: int, rng: torch.Generator) -> None:
     codes = random_codes(name, rows, 3, rng)
     packed = torch.from_numpy(oracle.pack(codes.tolist(), name))
-    torch.testing.assert_close(unpack(packed, FORMATS[name], rows=rows, dtype=torch.int64), codes, rtol=0, atol=0)
+    torch.testing.assert_close(
+        unpack(packed, FORMATS[name], rows=rows, dtype=torch.int64), codes, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -118,7 +120,9 @@ def test_what_cannot_be_packed_or_unpacked_says_so() -> None:
     fmt = FORMATS["4bit_u8"]
     with pytest.raises(ShapeError, match="at least one dimension"):
         pack(torch.tensor(3), fmt)
-    with pytest.raises(DtypeError, match=r"got packed codes of torch\.int32; 4bit_u8 holds them as torch\.uint8"):
+    with pytest.raises(
+        DtypeError, match=r"got packed codes of torch\.int32; 4bit_u8 holds them as torch\.uint8"
+    ):
         unpack(torch.zeros(2, 2, dtype=torch.int32), fmt)
     with pytest.raises(ShapeError, match="for 4 rows; expected at least 5"):
         unpack(torch.zeros(2, 2, dtype=torch.uint8), fmt, rows=5)

@@ -28,7 +28,11 @@ def test_there_and_back(config: QuantConfig) -> None:
     assert set(nested) == {"weight_quant_params", "scale_quant_params", "zero_quant_params", "offload_meta"}
     back = QuantConfig.from_dict(nested)
     assert back.to_dict() == nested
-    assert back == (config if config.round_zero is not None else QuantConfig(**{**vars(config), "round_zero": config.nbits == 4}))
+    assert back == (
+        config
+        if config.round_zero is not None
+        else QuantConfig(**{**vars(config), "round_zero": config.nbits == 4})
+    )
 
 
 def test_the_nested_dict_is_the_originals() -> None:
@@ -124,11 +128,17 @@ def test_bad_settings(setting: dict[str, Any], message: str) -> None:
     [
         ({}, "without 'weight_quant_params'"),
         ({"nbits": 4, "group_size": 64}, r"without 'weight_quant_params' \(keys: nbits, group_size\)"),
-        ({"weight_quant_params": {"nbits": 4, "group_size": 64}, "extra": 1}, r"got unknown config keys \['extra'\]"),
+        (
+            {"weight_quant_params": {"nbits": 4, "group_size": 64}, "extra": 1},
+            r"got unknown config keys \['extra'\]",
+        ),
         ({"weight_quant_params": {"nbits": 4}}, r"missing \['group_size'\]"),
         ({"weight_quant_params": {"nbits": 4, "group_size": 64, "bits": 3}}, r"unknown \['bits'\]"),
         ({"weight_quant_params": None}, "got weight_quant_params"),
-        ({"weight_quant_params": {"nbits": 4, "group_size": 64}, "zero_quant_params": 8}, "got zero_quant_params"),
+        (
+            {"weight_quant_params": {"nbits": 4, "group_size": 64}, "zero_quant_params": 8},
+            "got zero_quant_params",
+        ),
     ],
 )
 def test_dicts_that_are_no_configuration(config: dict[str, Any], message: str) -> None:

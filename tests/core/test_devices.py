@@ -20,13 +20,17 @@ def test_dtype_names(dtype: torch.dtype) -> None:
     assert dtype_from_name(str(dtype).removeprefix("torch.")) is dtype
 
 
-@pytest.mark.parametrize("name", ["", "torch.", "float17", "torch.nn", "torch.load", "torch.float16 ", "os.system('x')"])
+@pytest.mark.parametrize(
+    "name", ["", "torch.", "float17", "torch.nn", "torch.load", "torch.float16 ", "os.system('x')"]
+)
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(DtypeError, match=r"got dtype name .*; expected one of torch\.bfloat16"):
         dtype_from_name(name)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str
+)
 def test_dtypes_that_do_not_compute(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=f"got compute_dtype={dtype}; expected one of"):
         check_compute_dtype(dtype)

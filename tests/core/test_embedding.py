@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cases import LAYOUTS, Case, case_id, grid
-from tests.core.layers import config, linear, quantized, same_state
 from torch import nn
 
 from hqq.core.embedding import HQQEmbedding
 from hqq.core.linear import HQQLinear
 from hqq.errors import ConfigError, DtypeError, IdRangeError, NotQuantizedError, ShapeError
+from tests.cases import LAYOUTS, Case, case_id, grid
+from tests.core.layers import config, linear, quantized, same_state
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,18 +33,26 @@ def test_every_row_is_the_dequantised_one(case: Case, rng: torch.Generator) -> N
     assert rows.dtype == case.dtype
     assert rows.shape == (2, 5, case.shape[1])
     assert torch.equal(rows, layer.dequantize()[ids])
-    linear_layer = HQQLinear.from_weights(embedding.weight, None, case.config(solver="hqq"), case.dtype, "cpu")
+    linear_layer = HQQLinear.from_weights(
+        embedding.weight, None, case.config(solver="hqq"), case.dtype, "cpu"
+    )
     assert torch.equal(layer.dequantize(), linear_layer.dequantize())
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"view_as_float": True, "nbits": 8}, {"quant_zero": True}, {"quant_zero": True, "quant_scale": True, "nbits": 3}],
+    [
+        {"view_as_float": True, "nbits": 8},
+        {"quant_zero": True},
+        {"quant_zero": True, "quant_scale": True, "nbits": 3},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("axis", [0, 1])
 def test_options(axis: int, options: dict[str, Any], rng: torch.Generator) -> None:
-    layer = HQQEmbedding.from_embedding(table(rng, 24, 64), config(axis=axis, **options), torch.float16, "cpu")
+    layer = HQQEmbedding.from_embedding(
+        table(rng, 24, 64), config(axis=axis, **options), torch.float16, "cpu"
+    )
     assert torch.equal(layer(torch.arange(24)), layer.dequantize())
 
 
@@ -128,7 +136,9 @@ def test_state(encoded: bool, rng: torch.Generator) -> None:
     copied.load_state_dict(layer.state_dict())
     assert (copied.num_embeddings, copied.embedding_dim) == (10, 16)
     assert same_state(dict(copied.state_dict()), dict(layer.state_dict()))
-    with pytest.raises(ShapeError, match=r"got a quantised weight of shape \(10, 16\); the layer's is \(11, 16\)"):
+    with pytest.raises(
+        ShapeError, match=r"got a quantised weight of shape \(10, 16\); the layer's is \(11, 16\)"
+    ):
         HQQEmbedding(11, 16).load_state_dict(layer.state_dict())
     as_linear = HQQLinear(None, None, compute_dtype=torch.bfloat16, device="cpu")
     as_linear.load_state_dict(layer.state_dict())
@@ -137,7 +147,9 @@ def test_state(encoded: bool, rng: torch.Generator) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"quant_zero": True, "quant_scale": True}], ids=str)
 def test_sharing_with_a_tied_linear(options: dict[str, Any], rng: torch.Generator) -> None:
-    head = HQQLinear(linear(rng, 30, 32, bias=False), config(**options), compute_dtype=torch.float32, device="cpu")
+    head = HQQLinear(
+        linear(rng, 30, 32, bias=False), config(**options), compute_dtype=torch.float32, device="cpu"
+    )
     embedding = HQQEmbedding.sharing(head, padding_idx=3)
     assert embedding.W_q is head.W_q
     assert embedding.padding_idx == 3
@@ -156,7 +168,9 @@ def test_sharing_needs_a_quantised_linear() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_casts_and_copies(dtype: torch.dtype, rng: torch.Generator) -> None:
-    layer = HQQEmbedding.from_embedding(table(rng, 10, 16), config(nbits=3, group_size=16), torch.float32, "cpu")
+    layer = HQQEmbedding.from_embedding(
+        table(rng, 10, 16), config(nbits=3, group_size=16), torch.float32, "cpu"
+    )
     other = copy.deepcopy(layer).to(dtype)
     assert other(torch.arange(10)).dtype == dtype
     assert torch.equal(other.unpack(dtype=torch.uint8), layer.unpack(dtype=torch.uint8))
@@ -165,7 +179,9 @@ def test_casts_and_copies(dtype: torch.dtype, rng: torch.Generator) -> None:
 
 def test_compiles_in_one_graph(rng: torch.Generator) -> None:
     torch._dynamo.reset()
-    layer = HQQEmbedding.from_embedding(table(rng, 10, 16), config(nbits=3, group_size=16), torch.float32, "cpu")
+    layer = HQQEmbedding.from_embedding(
+        table(rng, 10, 16), config(nbits=3, group_size=16), torch.float32, "cpu"
+    )
     ids = torch.tensor([[1, 9], [0, 4]])
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(ids), layer(ids))

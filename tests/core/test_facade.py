@@ -28,7 +28,14 @@ def test_star_import_gives_the_originals_names() -> None:
     names: dict[str, object] = {}
     code = compile("from hqq.core.quantize import *", "snippet", "exec")
     exec(code, names)  # noqa: S102 - a star import is only allowed at module level
-    expected = {"Quantizer", "HQQLinear", "HQQBackend", "BaseQuantizeConfig", "hqq_base_quant_config", "BitPack"}
+    expected = {
+        "Quantizer",
+        "HQQLinear",
+        "HQQBackend",
+        "BaseQuantizeConfig",
+        "hqq_base_quant_config",
+        "BitPack",
+    }
     assert expected | {"torch", "nn", "Tensor"} <= set(names)
     assert names["BaseQuantizeConfig"] is hqq_base_quant_config
     assert set(facade.__all__) <= set(names)
@@ -40,7 +47,9 @@ def test_public_names_resolve_lazily() -> None:
     assert set(dir(hqq)) >= set(hqq.__all__)
     with pytest.raises(AttributeError, match="module 'hqq' has no attribute 'nothing'"):
         hqq.nothing  # noqa: B018
-    code = "import sys, hqq; assert not [m for m in sys.modules if m.startswith('hqq.')]; assert hqq.__version__"
+    code = (
+        "import sys, hqq; assert not [m for m in sys.modules if m.startswith('hqq.')]; assert hqq.__version__"
+    )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
 
 

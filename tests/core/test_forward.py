@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.core.layers import quantized
 from torch.nn import functional as F
 
 from hqq.core.backend import HQQBackend
-from hqq.core.linear import HQQLinear
 from hqq.errors import DtypeError
+from tests.core.layers import exact, product_bound, quantized
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -20,24 +19,6 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"nbits": 8, "view_as_float": True},
     {"nbits": 1.58, "quant_zero": True, "quant_scale": True},
 )
-
-
-def exact(layer: HQQLinear, x: torch.Tensor) -> torch.Tensor:
-    """The product in float64, from the dequantised weight."""
-    bias = None if layer.bias is None else layer.bias.detach().double()
-    return F.linear(x.detach().double(), layer.dequantize().double(), bias)
-
-
-def product_bound(layer: HQQLinear, x: torch.Tensor) -> torch.Tensor:
-    """K + 1 additions of rounded products: |error| <= (K + 2) u sum |x W| + u |bias|, and the result's own rounding."""
-    u = torch.finfo(layer.compute_dtype).eps / 2
-    accumulate = min(u, 2.0**-24)  # sums of 16-bit products are kept in float32 (or finer)
-    magnitude = x.detach().double().abs() @ layer.dequantize().double().abs().t()
-    if layer.bias is not None:
-        magnitude = magnitude + layer.bias.detach().double().abs()
-    tiny = torch.finfo(layer.compute_dtype).smallest_normal
-    # bias and sum may be rounded to the dtype one after the other
-    return magnitude * ((x.shape[-1] + 2) * accumulate + 2 * u) + tiny
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -150,7 +131,9 @@ def test_no_graph_without_gradients(rng: torch.Generator) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64], ids=str)
 def test_another_input_dtype_is_refused(dtype: torch.dtype) -> None:
     layer = quantized(torch.Generator())
-    with pytest.raises(DtypeError, match=rf"got input of {dtype}; the layer computes in torch\.float32\. Cast"):
+    with pytest.raises(
+        DtypeError, match=rf"got input of {dtype}; the layer computes in torch\.float32\. Cast"
+    ):
         layer(torch.ones(2, 64, dtype=dtype))
 
 
@@ -184,7 +167,9 @@ def test_autocast(x_dtype: torch.dtype, layer_dtype: torch.dtype, rng: torch.Gen
 
 
 # torch's own: its compiler instantiates autograd functions, and inductor imports torch.jit code.
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"
+)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 class TestCompile:
     @pytest.fixture(autouse=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests import oracle
-from tests.cases import GRID_FP32, Case, case_id
 
 from hqq.core.grouping import Grouping
 from hqq.errors import ConfigError, ShapeError
+from tests import oracle
+from tests.cases import GRID_FP32, Case, case_id
 
 CASES = [case for case in GRID_FP32 if case.nbits == 4]
 
@@ -18,7 +18,9 @@ CASES = [case for case in GRID_FP32 if case.nbits == 4]
 def test_elements_land_where_the_oracle_says(case: Case, rng: torch.Generator) -> None:
     W = case.weight(rng)
     grouping = Grouping(case.shape, case.group_size, case.axis)
-    np.testing.assert_array_equal(grouping.group(W).numpy(), oracle.group(W.numpy(), case.group_size, case.axis))
+    np.testing.assert_array_equal(
+        grouping.group(W).numpy(), oracle.group(W.numpy(), case.group_size, case.axis)
+    )
     assert grouping.matrix_shape == oracle.matrix_shape(case.shape, case.group_size, case.axis)
     assert torch.equal(grouping.ungroup(grouping.group(W)), W)
 
@@ -64,7 +66,8 @@ def test_group_size_is_a_positive_integer(group_size: object) -> None:
 
 def test_a_group_size_that_does_not_divide_names_those_that_do() -> None:
     with pytest.raises(
-        ConfigError, match=r"group_size=48 does not divide the 4096 elements .*\(64, 64\); use one of 8, 16, 32, 64, 128"
+        ConfigError,
+        match=r"group_size=48 does not divide the 4096 elements .*\(64, 64\); use one of 8, 16, 32, 64, 128",
     ):
         Grouping((64, 64), 48, 1)
     with pytest.raises(ConfigError, match="use a divisor of 35"):

@@ -9,13 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from tests.core.layers import config, linear, quantized, same_state
 from torch import nn
 
 from hqq.core.backend import HQQBackend
 from hqq.core.linear import HQQLinear
 from hqq.core.quantizer import Quantizer
-from hqq.errors import ConfigError, DeviceFallbackWarning, DtypeError, HQQError, NotQuantizedError, ShapeError, WeightError
+from hqq.errors import (
+    ConfigError,
+    DeviceFallbackWarning,
+    DtypeError,
+    HQQError,
+    NotQuantizedError,
+    ShapeError,
+    WeightError,
+)
+from tests.core.layers import config, linear, quantized, same_state
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -23,7 +31,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class TestBuilding:
     def test_holds_what_the_quantizer_gives(self, rng: torch.Generator) -> None:
         original = linear(rng)
-        layer = HQQLinear(original, config(nbits=3), del_orig=False, compute_dtype=torch.bfloat16, device="cpu")
+        layer = HQQLinear(
+            original, config(nbits=3), del_orig=False, compute_dtype=torch.bfloat16, device="cpu"
+        )
         params = config(nbits=3)["weight_quant_params"]
         W_q, meta = Quantizer.quantize(original.weight.data, compute_dtype=torch.bfloat16, **params)
         assert torch.equal(layer.W_q, W_q)
@@ -59,10 +69,22 @@ class TestBuilding:
         assert not layer.ready
         assert not layer.is_initialized()
         assert (layer.W_q, layer.meta, layer.bias, layer.quant_config) == (None, None, None, None)
-        assert (layer.in_features, layer.out_features, layer.axis, layer.channel_wise) == (None, None, None, None)
+        assert (layer.in_features, layer.out_features, layer.axis, layer.channel_wise) == (
+            None,
+            None,
+            None,
+            None,
+        )
         assert layer.unpack() is None
-        for use in (layer.dequantize, lambda: layer(torch.ones(1, 4)), layer.qtensor, lambda: layer.matmul(torch.ones(1, 4))):
-            with pytest.raises(NotQuantizedError, match=r"call initialize\(\), quantize\(W, \*\*quant_config\)"):
+        for use in (
+            layer.dequantize,
+            lambda: layer(torch.ones(1, 4)),
+            layer.qtensor,
+            lambda: layer.matmul(torch.ones(1, 4)),
+        ):
+            with pytest.raises(
+                NotQuantizedError, match=r"call initialize\(\), quantize\(W, \*\*quant_config\)"
+            ):
                 use()
 
     def test_the_attributes(self, rng: torch.Generator) -> None:
@@ -191,7 +213,9 @@ class TestTheOriginalLayer:
         ({"surprise": 1}, ConfigError, r"unknown \['surprise'\]"),
     ],
 )
-def test_bad_settings(change: dict[str, Any], error: type[HQQError], message: str, rng: torch.Generator) -> None:
+def test_bad_settings(
+    change: dict[str, Any], error: type[HQQError], message: str, rng: torch.Generator
+) -> None:
     nested = config()
     nested["weight_quant_params"].update(change)
     original = linear(rng, out=24, in_=64)
@@ -204,7 +228,9 @@ def test_bad_settings(change: dict[str, Any], error: type[HQQError], message: st
 
 
 def test_bad_arguments(rng: torch.Generator) -> None:
-    with pytest.raises(ConfigError, match=r"got quant_config=None with a layer to quantise; pass BaseQuantizeConfig"):
+    with pytest.raises(
+        ConfigError, match=r"got quant_config=None with a layer to quantise; pass BaseQuantizeConfig"
+    ):
         HQQLinear(linear(rng), None, device="cpu")
     with pytest.raises(DtypeError, match=r"got compute_dtype=torch\.int8; expected one of torch\.float16"):
         HQQLinear(linear(rng), config(), compute_dtype=torch.int8, device="cpu")
@@ -229,7 +255,9 @@ class TestPeftMerge:
     """PEFT builds an empty layer from quant_config and offload_meta, and quantises the merged weight into it."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("options", [{}, {"quant_zero": True, "quant_scale": True}, {"view_as_float": True}], ids=str)
+    @pytest.mark.parametrize(
+        "options", [{}, {"quant_zero": True, "quant_scale": True}, {"view_as_float": True}], ids=str
+    )
     def test_merge(self, options: dict[str, Any], dtype: torch.dtype, rng: torch.Generator) -> None:
         layer = quantized(rng, dtype, **options)
         merged_weight = (layer.dequantize().float() + 0.01).requires_grad_(True)
@@ -283,8 +311,20 @@ class TestWeight:
 
 class TestMeta:
     KEYS = frozenset(
-        "nbits group_size shape scale zero axis packing unpack_view_dtype view_as_float quant_scale quant_zero "
-        "compute_dtype".split()
+        [
+            "nbits",
+            "group_size",
+            "shape",
+            "scale",
+            "zero",
+            "axis",
+            "packing",
+            "unpack_view_dtype",
+            "view_as_float",
+            "quant_scale",
+            "quant_zero",
+            "compute_dtype",
+        ]
     )
 
     def test_keys_and_values(self, rng: torch.Generator) -> None:
@@ -308,7 +348,9 @@ class TestMeta:
         meta["scale"] = meta["scale"] * 2
         assert torch.equal(layer.dequantize(), before * 2)
         meta["zero"].sub_(1.0)
-        assert torch.equal(layer.dequantize(), (layer.unpack(reshape=False) - layer.zero).mul(layer.scale).view(24, 64))
+        assert torch.equal(
+            layer.dequantize(), (layer.unpack(reshape=False) - layer.zero).mul(layer.scale).view(24, 64)
+        )
         meta.update(scale=torch.zeros_like(meta["scale"]))
         assert not layer.dequantize().any()
 
@@ -325,7 +367,13 @@ class TestMeta:
     def test_compute_dtype_casts(self, rng: torch.Generator) -> None:
         layer = quantized(rng)
         layer.meta["compute_dtype"] = torch.float16
-        assert layer.compute_dtype == layer.scale.dtype == layer.bias.dtype == layer.dequantize().dtype == torch.float16
+        assert (
+            layer.compute_dtype
+            == layer.scale.dtype
+            == layer.bias.dtype
+            == layer.dequantize().dtype
+            == torch.float16
+        )
         layer.compute_dtype = torch.bfloat16
         assert layer.meta["compute_dtype"] == layer.scale.dtype == torch.bfloat16
 

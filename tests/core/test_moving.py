@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.core.layers import config, linear, quantized, same_state
 from torch import nn
 
 from hqq.core.embedding import HQQEmbedding
 from hqq.core.linear import HQQLinear
 from hqq.errors import DtypeError
+from tests.core.layers import config, linear, quantized, same_state
 
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -48,7 +48,9 @@ def test_casts(start: torch.dtype, cast: str, options: dict[str, Any], rng: torc
     assert apply(layer) is layer
     assert layer.W_q is W_q
     assert torch.equal(layer.unpack(dtype=torch.uint8), codes)
-    assert layer.compute_dtype == layer.meta["compute_dtype"] == layer.weight.dtype == layer.bias.dtype == dtype
+    assert (
+        layer.compute_dtype == layer.meta["compute_dtype"] == layer.weight.dtype == layer.bias.dtype == dtype
+    )
     assert layer.dequantize().dtype == dtype
     assert layer(torch.ones(2, 64, dtype=dtype)).dtype == dtype
     # scale, zero, difference and product rounded in the coarser of the two dtypes; zero is at most the largest code
@@ -188,7 +190,9 @@ class TestCopies:
 
 
 @pytest.mark.parametrize("options", [{}, {"view_as_float": True, "nbits": 8}], ids=str)
-def test_tied_codes_stay_shared_through_casts_and_copies(options: dict[str, Any], rng: torch.Generator) -> None:
+def test_tied_codes_stay_shared_through_casts_and_copies(
+    options: dict[str, Any], rng: torch.Generator
+) -> None:
     head = quantized(rng, torch.float32, bias=False, **options)
     model = nn.ModuleDict({"embed": HQQEmbedding.sharing(head), "head": head})
     model.to(torch.bfloat16)

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests import oracle
 from torch import nn
 
 from hqq.core.linear import HQQLinear
 from hqq.core.quantizer import Quantizer
 from hqq.core.solvers import SOLVERS
 from hqq.errors import QuantizationWarning, WeightError
+from tests import oracle
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 BITS = (8, 4, 3, 2, 1.58, 1)
@@ -44,7 +44,7 @@ def some_constant(rng: torch.Generator) -> torch.Tensor:
 
 WEIGHTS: dict[str, Callable[[torch.Generator], torch.Tensor]] = {
     "usual": lambda rng: randn(rng) * 0.02,
-    "ones": lambda rng: randn(rng),
+    "ones": randn,
     "hundreds": lambda rng: randn(rng) * 300,
     "1e-3": lambda rng: randn(rng) * 1e-3,
     "offset": lambda rng: 5 + randn(rng) * 0.01,
@@ -64,9 +64,16 @@ WIDE: dict[str, Callable[[torch.Generator], torch.Tensor]] = {
 
 def check_bound(W: torch.Tensor, nbits: float, axis: int, dtype: torch.dtype, solver: str) -> None:
     """Every value is as near as its own group's lattice allows; where min-max does not clip, within half a step."""
-    W_q, meta = Quantizer.quantize(W, nbits=nbits, group_size=GS, axis=axis, compute_dtype=dtype, solver=solver)
+    W_q, meta = Quantizer.quantize(
+        W, nbits=nbits, group_size=GS, axis=axis, compute_dtype=dtype, solver=solver
+    )
     scale, zero = meta["scale"].double().flatten(), meta["zero"].double().flatten()
-    stored = {**meta, "scale": meta["scale"].to(dtype), "zero": meta["zero"].to(dtype), "compute_dtype": dtype}
+    stored = {
+        **meta,
+        "scale": meta["scale"].to(dtype),
+        "zero": meta["zero"].to(dtype),
+        "compute_dtype": dtype,
+    }
     dequantised = Quantizer.dequantize(W_q, stored).double()
     assert bool(torch.isfinite(dequantised).all())
     levels = oracle.LEVELS[nbits]
@@ -78,8 +85,15 @@ def check_bound(W: torch.Tensor, nbits: float, axis: int, dtype: torch.dtype, so
 
 def check_half_a_step(W: torch.Tensor, nbits: float, axis: int, dtype: torch.dtype) -> None:
     """Round to nearest leaves half of (range / codes), plus what the storage dtype costs at the group's largest."""
-    W_q, meta = Quantizer.quantize(W, nbits=nbits, group_size=GS, axis=axis, compute_dtype=dtype, optimize=False)
-    stored = {**meta, "scale": meta["scale"].to(dtype), "zero": meta["zero"].to(dtype), "compute_dtype": dtype}
+    W_q, meta = Quantizer.quantize(
+        W, nbits=nbits, group_size=GS, axis=axis, compute_dtype=dtype, optimize=False
+    )
+    stored = {
+        **meta,
+        "scale": meta["scale"].to(dtype),
+        "zero": meta["zero"].to(dtype),
+        "compute_dtype": dtype,
+    }
     dequantised = Quantizer.dequantize(W_q, stored).double()
     error = (dequantised - W.double()).abs()
     u = torch.finfo(dtype).eps / 2
@@ -100,7 +114,9 @@ def check_half_a_step(W: torch.Tensor, nbits: float, axis: int, dtype: torch.dty
 @pytest.mark.parametrize("nbits", BITS)
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_weights_of_moderate_size(weights: str, dtype: torch.dtype, nbits: float, axis: int, rng: torch.Generator) -> None:
+def test_weights_of_moderate_size(
+    weights: str, dtype: torch.dtype, nbits: float, axis: int, rng: torch.Generator
+) -> None:
     W = WEIGHTS[weights](rng)
     for solver in ("minmax", "hqq"):
         check_bound(W, nbits, axis, dtype, solver)
@@ -111,7 +127,9 @@ def test_weights_of_moderate_size(weights: str, dtype: torch.dtype, nbits: float
 @pytest.mark.parametrize("nbits", BITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weights", WIDE)
-def test_weights_of_any_size(weights: str, dtype: torch.dtype, nbits: float, axis: int, rng: torch.Generator) -> None:
+def test_weights_of_any_size(
+    weights: str, dtype: torch.dtype, nbits: float, axis: int, rng: torch.Generator
+) -> None:
     W = WIDE[weights](rng)
     for solver in ("minmax", "hqq"):
         check_bound(W, nbits, axis, dtype, solver)
@@ -120,7 +138,9 @@ def test_weights_of_any_size(weights: str, dtype: torch.dtype, nbits: float, axi
 
 @pytest.mark.parametrize("exponent", [-4, -5, -6, -7])
 @pytest.mark.parametrize("nbits", BITS)
-def test_small_weights_in_float16_keep_what_float16_can(nbits: float, exponent: int, rng: torch.Generator) -> None:
+def test_small_weights_in_float16_keep_what_float16_can(
+    nbits: float, exponent: int, rng: torch.Generator
+) -> None:
     for axis in (0, 1):
         check_half_a_step(randn(rng) * 10.0**exponent, nbits, axis, torch.float16)
 
@@ -128,14 +148,18 @@ def test_small_weights_in_float16_keep_what_float16_can(nbits: float, exponent: 
 @pytest.mark.parametrize("nbits", [8, 4, 2])
 @pytest.mark.parametrize("exponent", [-6, -9, -12, 0, 20, 30])
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
-def test_the_relative_error_does_not_depend_on_the_size(solver: str, exponent: int, nbits: int, rng: torch.Generator) -> None:
+def test_the_relative_error_does_not_depend_on_the_size(
+    solver: str, exponent: int, nbits: int, rng: torch.Generator
+) -> None:
     # A power of two changes no digit of the weights, so min-max must give the same codes; the other solvers judge
     # residuals by their absolute size and only have to stay as near.
     W = randn(rng) * 0.02
     factor = 2.0 ** round(exponent * 3.3219)
     errors = []
     for X in (W, W * factor):
-        W_q, meta = Quantizer.quantize(X, nbits=nbits, group_size=GS, axis=1, compute_dtype=torch.float32, solver=solver)
+        W_q, meta = Quantizer.quantize(
+            X, nbits=nbits, group_size=GS, axis=1, compute_dtype=torch.float32, solver=solver
+        )
         meta["compute_dtype"] = torch.float32
         difference = Quantizer.dequantize(W_q, meta).double() - X.double()
         errors.append(float(difference.square().sum().sqrt() / X.double().square().sum().sqrt()))
@@ -153,7 +177,9 @@ def test_constant_groups_are_exact(nbits: float, dtype: torch.dtype, value: floa
     W = torch.full((8, 32), value)
     for solver in ("minmax", "hqq"):
         for axis in (0, 1):
-            W_q, meta = Quantizer.quantize(W, nbits=nbits, group_size=16, axis=axis, compute_dtype=dtype, solver=solver)
+            W_q, meta = Quantizer.quantize(
+                W, nbits=nbits, group_size=16, axis=axis, compute_dtype=dtype, solver=solver
+            )
             meta["compute_dtype"] = dtype
             meta["scale"], meta["zero"] = meta["scale"].to(dtype), meta["zero"].to(dtype)
             difference = (Quantizer.dequantize(W_q, meta) - W.to(dtype)).abs().max()
@@ -170,14 +196,18 @@ def layer(W: torch.Tensor, nbits: float, dtype: torch.dtype, **params: object) -
 
 @pytest.mark.parametrize("nbits", BITS)
 @pytest.mark.parametrize("largest", [7e4, 1e6, 1e38])
-def test_weights_beyond_float16_are_refused_by_name(nbits: float, largest: float, rng: torch.Generator) -> None:
+def test_weights_beyond_float16_are_refused_by_name(
+    nbits: float, largest: float, rng: torch.Generator
+) -> None:
     W = torch.rand(8, 32, generator=rng) * 2 - 1
     W[2, 3] = 1.0
     linear = nn.Linear(32, 8, bias=False)
     linear.weight.data = W * largest
     before = linear.weight
     config = {"weight_quant_params": {"nbits": nbits, "group_size": 16, "axis": 1, "optimize": False}}
-    with pytest.raises(WeightError, match=r"beyond torch\.float16's largest, 6\.55e\+04\. Use compute_dtype=torch\.bfloat16"):
+    with pytest.raises(
+        WeightError, match=r"beyond torch\.float16's largest, 6\.55e\+04\. Use compute_dtype=torch\.bfloat16"
+    ):
         HQQLinear(linear, config, compute_dtype=torch.float16, device="cpu")
     assert linear.weight is before
     for dtype in (torch.bfloat16, torch.float32):
@@ -217,8 +247,12 @@ def test_quantised_scale_and_zero_stay_finite(
     W = {**WEIGHTS, **WIDE, "1e-6": WIDE["1e-6"]}[weights](rng)
     config = {
         "weight_quant_params": {"nbits": 4, "group_size": 16, "axis": 1, "solver": "hqq"},
-        "scale_quant_params": {"nbits": 8, "channel_wise": True, "group_size": 128, "optimize": False} if quant_scale else None,
-        "zero_quant_params": {"nbits": 8, "channel_wise": False, "group_size": None, "optimize": False} if quant_zero else None,
+        "scale_quant_params": {"nbits": 8, "channel_wise": True, "group_size": 128, "optimize": False}
+        if quant_scale
+        else None,
+        "zero_quant_params": {"nbits": 8, "channel_wise": False, "group_size": None, "optimize": False}
+        if quant_zero
+        else None,
     }
     linear = nn.Linear(K, N, bias=False)
     linear.weight.data = W

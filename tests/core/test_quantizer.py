@@ -8,18 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests import oracle
-from tests.cases import GRID, GRID_FP32, LAYOUTS, Case, case_id, grid
 
 from hqq.core.bitpack import max_code
 from hqq.core.qtensor import QSpec, QTensor
 from hqq.core.quantizer import Quantizer, quantize_tensor
 from hqq.core.solvers.legacy import optimize_weights_proximal
 from hqq.errors import ConfigError, DeviceFallbackWarning, DtypeError, HQQError, ShapeError, WeightError
+from tests import oracle
+from tests.cases import GRID, GRID_FP32, LAYOUTS, Case, case_id, grid
 
 
 def quantize(case: Case, W: torch.Tensor, **options: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-    settings = {"nbits": case.nbits, "group_size": case.group_size, "axis": case.axis, "solver": "hqq", **options}
+    settings = {
+        "nbits": case.nbits,
+        "group_size": case.group_size,
+        "axis": case.axis,
+        "solver": "hqq",
+        **options,
+    }
     return Quantizer.quantize(W, **settings)
 
 
@@ -55,7 +61,9 @@ def test_min_max_is_the_oracles(case: Case, rng: torch.Generator) -> None:
     _, meta = quantize(case, W, optimize=False)
     levels = oracle.LEVELS[case.nbits]
     groups = oracle.groups_of(W.numpy(), case.group_size, case.axis)
-    for values, scale, zero in zip(groups, meta["scale"].flatten().tolist(), meta["zero"].flatten().tolist(), strict=True):
+    for values, scale, zero in zip(
+        groups, meta["scale"].flatten().tolist(), meta["zero"].flatten().tolist(), strict=True
+    ):
         if min(values) == max(values):
             assert (0 - zero) * scale == pytest.approx(values[0], rel=2.0**-22)
             continue
@@ -92,7 +100,9 @@ def test_any_rank_is_the_same_as_its_matrix(
     assert torch.equal(W_q, flat_q)
     dequantised = Quantizer.dequantize(W_q, stored(meta, torch.float32))
     assert dequantised.shape == X.shape
-    assert torch.equal(dequantised.reshape(-1, 32), Quantizer.dequantize(flat_q, stored(flat_meta, torch.float32)))
+    assert torch.equal(
+        dequantised.reshape(-1, 32), Quantizer.dequantize(flat_q, stored(flat_meta, torch.float32))
+    )
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -101,9 +111,13 @@ def test_any_rank_is_the_same_as_its_matrix(
 def test_the_key_value_cache_pattern(nbits: int, axis: int, dtype: torch.dtype, rng: torch.Generator) -> None:
     """transformers quantises [batch, heads, tokens, head_dim], sets keys of meta and ignores what `cuda` returns."""
     X = torch.randn(2, 3, 11, 64, generator=rng).to(dtype)
-    W_q, meta = Quantizer.quantize(X, axis=axis, device="cpu", compute_dtype=dtype, nbits=nbits, group_size=64)
+    W_q, meta = Quantizer.quantize(
+        X, axis=axis, device="cpu", compute_dtype=dtype, nbits=nbits, group_size=64
+    )
     meta["compute_dtype"] = dtype
-    with pytest.warns(DeviceFallbackWarning) if not torch.cuda.is_available() else pytest.MonkeyPatch.context():
+    with (
+        pytest.warns(DeviceFallbackWarning) if not torch.cuda.is_available() else pytest.MonkeyPatch.context()
+    ):
         Quantizer.cuda(W_q, meta=meta, device="cuda")
     meta["scale"] = meta["scale"].to(W_q.device)
     meta["zero"] = meta["zero"].to(W_q.device)
@@ -116,7 +130,9 @@ def test_the_key_value_cache_pattern(nbits: int, axis: int, dtype: torch.dtype, 
 
 
 def test_three_bit_axis_1_counts_rows_by_numel(rng: torch.Generator) -> None:
-    X = torch.randn(1, 3, 7, 32, generator=rng)  # 21 rows of 32: three packed rows of ten, nine of them padding
+    X = torch.randn(
+        1, 3, 7, 32, generator=rng
+    )  # 21 rows of 32: three packed rows of ten, nine of them padding
     W_q, meta = Quantizer.quantize(X, nbits=3, group_size=32, axis=1)
     assert W_q.shape == (3, 32)
     assert Quantizer.dequantize(W_q, meta).shape == X.shape
@@ -136,10 +152,17 @@ def test_one_scale_for_the_whole_tensor(group_size: int | None, axis: int, rng: 
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("case", list(grid(axes=(1,), dtypes=(torch.float32,), layouts=LAYOUTS[:4])), ids=case_id)
+@pytest.mark.parametrize(
+    "case", list(grid(axes=(1,), dtypes=(torch.float32,), layouts=LAYOUTS[:4])), ids=case_id
+)
 def test_codes_left_unpacked(case: Case, axis: int, rng: torch.Generator) -> None:
     W = case.weight(rng)
-    settings: dict[str, Any] = {"nbits": case.nbits, "group_size": case.group_size, "axis": axis, "solver": "hqq"}
+    settings: dict[str, Any] = {
+        "nbits": case.nbits,
+        "group_size": case.group_size,
+        "axis": axis,
+        "solver": "hqq",
+    }
     plain, plain_meta = Quantizer.quantize(W, bitpack=False, **settings)
     packed, packed_meta = Quantizer.quantize(W, **settings)
     assert plain.dtype == W.dtype
@@ -161,7 +184,10 @@ def test_codes_viewed_as_float(nbits: int, compute_dtype: torch.dtype | None, rn
     assert viewed.nbytes == plain.nbytes
     assert torch.equal(viewed.view(meta["unpack_view_dtype"]), plain)
     dtype = compute_dtype or torch.float16
-    assert torch.equal(Quantizer.dequantize(viewed, stored(meta, dtype)), Quantizer.dequantize(plain, stored(plain_meta, dtype)))
+    assert torch.equal(
+        Quantizer.dequantize(viewed, stored(meta, dtype)),
+        Quantizer.dequantize(plain, stored(plain_meta, dtype)),
+    )
 
 
 def test_rows_that_do_not_fill_floats_are_refused(rng: torch.Generator) -> None:
@@ -174,7 +200,12 @@ def test_a_users_function_replaces_the_solver(monkeypatch: pytest.MonkeyPatch, r
     calls: list[dict[str, Any]] = []
 
     def halve_the_codes(
-        tensor: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, min_max: list[int], axis: int, device: object
+        tensor: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        min_max: list[int],
+        axis: int,
+        device: object,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         calls.append({"shape": tensor.shape, "min_max": min_max, "axis": axis})
         return torch.full_like(tensor, 2.0), scale * 2, zero + 1
@@ -199,7 +230,12 @@ def test_the_default_function_can_be_put_back(monkeypatch: pytest.MonkeyPatch, r
 def test_the_class_attributes_that_callers_read() -> None:
     assert Quantizer.SUPPORTED_BITS == [8, 6, 5, 4, 3, 2, 1.58, 1]
     assert Quantizer.bit_to_packing == oracle.PACKING_OF_BITS
-    assert set(Quantizer.pack) == set(Quantizer.unpack) == set(Quantizer.unpack_view_dtype) == set(oracle.PACKINGS)
+    assert (
+        set(Quantizer.pack)
+        == set(Quantizer.unpack)
+        == set(Quantizer.unpack_view_dtype)
+        == set(oracle.PACKINGS)
+    )
     assert Quantizer.unpack_view_dtype["3bit_32"] == torch.int32
     codes = torch.arange(20, dtype=torch.uint8).reshape(10, 2) % 8
     assert torch.equal(Quantizer.unpack["3bit_32"](Quantizer.pack["3bit_32"](codes)), codes)
@@ -229,7 +265,9 @@ class TestMoving:
 
     def test_nested_descriptions_move_too(self, rng: torch.Generator) -> None:
         W_q, meta = self.meta(rng)
-        meta["zero_q"], meta["meta_zero"] = Quantizer.quantize(meta.pop("zero"), nbits=8, channel_wise=False, group_size=None)
+        meta["zero_q"], meta["meta_zero"] = Quantizer.quantize(
+            meta.pop("zero"), nbits=8, channel_wise=False, group_size=None
+        )
         _, moved = Quantizer.to_ooplace(W_q, {**meta, "compute_dtype": torch.bfloat16}, "meta")
         assert moved["zero_q"].device.type == moved["meta_zero"]["scale"].device.type == "meta"
         assert moved["meta_zero"]["scale"].dtype == torch.bfloat16
@@ -242,14 +280,24 @@ class TestMoving:
 @pytest.mark.parametrize(
     ("W", "settings", "error", "message"),
     [
-        (torch.ones(4, 4, dtype=torch.int32), {}, DtypeError, r"got a weight of torch\.int32; expected a floating"),
+        (
+            torch.ones(4, 4, dtype=torch.int32),
+            {},
+            DtypeError,
+            r"got a weight of torch\.int32; expected a floating",
+        ),
         (torch.ones(4, 4, dtype=torch.complex64), {}, DtypeError, "expected a floating-point dtype"),
         (torch.ones(0, 4), {}, ShapeError, r"got an empty weight of shape \(0, 4\)"),
         (torch.ones(4, 64, device="meta"), {}, WeightError, "meta device"),
         (torch.ones(4, 64), {"nbits": 7}, ConfigError, "got nbits=7"),
         (torch.ones(4, 64), {"nbits": True}, ConfigError, "got nbits=True"),
         (torch.ones(4, 64), {"axis": 2}, ConfigError, "got axis=2"),
-        (torch.ones(4, 64), {"group_size": 48}, ConfigError, "group_size=48 does not divide the 256 elements"),
+        (
+            torch.ones(4, 64),
+            {"group_size": 48},
+            ConfigError,
+            "group_size=48 does not divide the 256 elements",
+        ),
         (torch.ones(4, 64), {"solver": "magic"}, ConfigError, "got solver='magic'"),
         (torch.ones(4, 64), {"compute_dtype": torch.int8}, DtypeError, r"got compute_dtype=torch\.int8"),
         (torch.full((4, 64), float("nan")), {}, WeightError, "NaN or infinite"),
@@ -266,7 +314,9 @@ def test_bad_input(W: torch.Tensor, settings: dict[str, Any], error: type[HQQErr
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("settings", [{"optimize": False}, {"solver": "hqq"}, {"channel_wise": False}])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_a_single_bad_value_is_found(bad: float, settings: dict[str, Any], axis: int, rng: torch.Generator) -> None:
+def test_a_single_bad_value_is_found(
+    bad: float, settings: dict[str, Any], axis: int, rng: torch.Generator
+) -> None:
     W = torch.randn(8, 64, generator=rng)
     W[int(torch.randint(8, (), generator=rng)), int(torch.randint(64, (), generator=rng))] = bad
     with pytest.raises(WeightError, match="NaN or infinite"):

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load, save
-from tests.core.layers import config, linear, quantized, same_state
 from torch import Tensor, nn
 
 from hqq.core.embedding import HQQEmbedding
@@ -19,10 +18,30 @@ from hqq.core.linear import HQQLinear
 from hqq.core.quantizer import Quantizer
 from hqq.core.wire import decode_state, encode, encode_state
 from hqq.errors import CorruptCheckpointError, DtypeError, HQQError, MissingKeysError, ShapeError, WeightError
+from tests.core.layers import config, linear, quantized, same_state
 
 KEYS = frozenset(
-    "W_q nbits group_size shape scale zero axis packing unpack_view_dtype view_as_float quant_scale quant_zero "
-    "compute_dtype offload_meta encoded_state_dict stores_quant_config channel_wise optimize round_zero".split()
+    [
+        "W_q",
+        "nbits",
+        "group_size",
+        "shape",
+        "scale",
+        "zero",
+        "axis",
+        "packing",
+        "unpack_view_dtype",
+        "view_as_float",
+        "quant_scale",
+        "quant_zero",
+        "compute_dtype",
+        "offload_meta",
+        "encoded_state_dict",
+        "stores_quant_config",
+        "channel_wise",
+        "optimize",
+        "round_zero",
+    ]
 )
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -58,7 +77,9 @@ class TestEncoded:
         assert bytes(state["compute_dtype"].tolist()) == b"torch.bfloat16"
         assert bytes(state["unpack_view_dtype"].tolist()) == b"torch.uint8"
         assert (state["shape"].dtype, state["shape"].tolist()) == (torch.int64, [24, 64])
-        booleans = {key: bool(state[key]) for key in KEYS if state[key].dtype == torch.uint8 and state[key].ndim == 0}
+        booleans = {
+            key: bool(state[key]) for key in KEYS if state[key].dtype == torch.uint8 and state[key].ndim == 0
+        }
         assert booleans == {
             "view_as_float": False,
             "quant_scale": False,
@@ -83,7 +104,9 @@ class TestEncoded:
             ({"nbits": 3, "view_as_float": True}, torch.bfloat16, (5, 64)),
         ],
     )
-    def test_codes(self, options: dict[str, Any], dtype: torch.dtype, shape: tuple[int, int], rng: torch.Generator) -> None:
+    def test_codes(
+        self, options: dict[str, Any], dtype: torch.dtype, shape: tuple[int, int], rng: torch.Generator
+    ) -> None:
         W_q = quantized(rng, torch.bfloat16, **options).state_dict()["W_q"]
         assert (W_q.dtype, tuple(W_q.shape)) == (dtype, shape)
 
@@ -150,7 +173,9 @@ class TestRaw:
 class TestLoading:
     @pytest.mark.parametrize("encoded", [True, False])
     @pytest.mark.parametrize("options", OPTIONS, ids=str)
-    def test_does_not_change_its_argument(self, options: dict[str, Any], encoded: bool, rng: torch.Generator) -> None:
+    def test_does_not_change_its_argument(
+        self, options: dict[str, Any], encoded: bool, rng: torch.Generator
+    ) -> None:
         layer = quantized(rng, **options)
         layer.encoded_state_dict = encoded
         state = dict(layer.state_dict())
@@ -168,7 +193,15 @@ class TestLoading:
         layer = quantized(rng, torch.float16, **options)
         target = empty(torch.float16)
         target.load_state_dict(layer.state_dict())
-        for name in ("in_features", "out_features", "axis", "channel_wise", "offload_meta", "compute_dtype", "ready"):
+        for name in (
+            "in_features",
+            "out_features",
+            "axis",
+            "channel_wise",
+            "offload_meta",
+            "compute_dtype",
+            "ready",
+        ):
             assert getattr(target, name) == getattr(layer, name), name
         expected = copy.deepcopy(layer.quant_config)
         expected["weight_quant_params"].pop("solver")  # the format has no place for it
@@ -190,7 +223,10 @@ class TestLoading:
             torch.randn(24, 64, generator=rng) * 1e8, None, config(), torch.bfloat16, "cpu"
         )
         target = empty(torch.float16)
-        with pytest.raises(WeightError, match=r"beyond torch\.float16's largest .*load into a layer with compute_dtype=torch\.bfloat16"):
+        with pytest.raises(
+            WeightError,
+            match=r"beyond torch\.float16's largest .*load into a layer with compute_dtype=torch\.bfloat16",
+        ):
             target.load_state_dict(source.state_dict())
         assert not target.ready
 
@@ -198,7 +234,9 @@ class TestLoading:
         target = quantized(rng)
         before = copy.deepcopy(target.state_dict())
         other = HQQLinear(linear(rng, 48, 32), config(), compute_dtype=torch.float32, device="cpu")
-        with pytest.raises(ShapeError, match=r"got a quantised weight of shape \(48, 32\); the layer's is \(24, 64\)"):
+        with pytest.raises(
+            ShapeError, match=r"got a quantised weight of shape \(48, 32\); the layer's is \(24, 64\)"
+        ):
             target.load_state_dict(other.state_dict())
         assert same_state(target.state_dict(), before)
 
@@ -226,7 +264,15 @@ class TestLoading:
 
     @pytest.mark.parametrize(
         "key",
-        ["stores_quant_config", "channel_wise", "optimize", "round_zero", "offload_meta", "quant_scale", "packing"]
+        [
+            "stores_quant_config",
+            "channel_wise",
+            "optimize",
+            "round_zero",
+            "offload_meta",
+            "quant_scale",
+            "packing",
+        ]
         + ["unpack_view_dtype", "view_as_float", "compute_dtype", "encoded_state_dict", "quant_zero"],
     )
     def test_keys_that_older_files_lack(self, key: str, rng: torch.Generator) -> None:
@@ -254,21 +300,79 @@ class TestLoading:
 
 
 BAD_VALUES: dict[str, list[Any]] = {
-    "W_q": [torch.zeros(24, 31, dtype=torch.uint8), torch.zeros(32, 24, dtype=torch.uint8), torch.zeros(768, dtype=torch.uint8)]
-    + [torch.zeros(24, 32, dtype=torch.int32), torch.zeros(24, 32), torch.zeros((), dtype=torch.uint8), "text", 3],
-    "nbits": [torch.tensor(7), torch.tensor(-1), torch.tensor(float("nan")), torch.tensor(float("inf")), torch.tensor([4, 4])]
+    "W_q": [
+        torch.zeros(24, 31, dtype=torch.uint8),
+        torch.zeros(32, 24, dtype=torch.uint8),
+        torch.zeros(768, dtype=torch.uint8),
+    ]
+    + [
+        torch.zeros(24, 32, dtype=torch.int32),
+        torch.zeros(24, 32),
+        torch.zeros((), dtype=torch.uint8),
+        "text",
+        3,
+    ],
+    "nbits": [
+        torch.tensor(7),
+        torch.tensor(-1),
+        torch.tensor(float("nan")),
+        torch.tensor(float("inf")),
+        torch.tensor([4, 4]),
+    ]
     + [torch.tensor([], dtype=torch.int32), "four", 8, True, [4]],
-    "group_size": [torch.tensor(7), torch.tensor(0), torch.tensor(-32), torch.tensor(16), torch.tensor(1.5), "32", 2**40, True],
-    "shape": [torch.tensor([24, 65]), torch.tensor([64, 0]), torch.tensor([-24, -64]), torch.tensor([1536]), torch.tensor([2, 12, 64])]
+    "group_size": [
+        torch.tensor(7),
+        torch.tensor(0),
+        torch.tensor(-32),
+        torch.tensor(16),
+        torch.tensor(1.5),
+        "32",
+        2**40,
+        True,
+    ],
+    "shape": [
+        torch.tensor([24, 65]),
+        torch.tensor([64, 0]),
+        torch.tensor([-24, -64]),
+        torch.tensor([1536]),
+        torch.tensor([2, 12, 64]),
+    ]
     + [torch.tensor([2**40, 2**40]), torch.tensor(1536), torch.tensor([24.5, 64.0]), "24x64", 5, [24, "64"]],
-    "scale": [torch.ones(47, 1), torch.ones(1, 48), torch.ones(48), torch.ones(48, 1, dtype=torch.int32), torch.full((48, 1), float("nan"))]
+    "scale": [
+        torch.ones(47, 1),
+        torch.ones(1, 48),
+        torch.ones(48),
+        torch.ones(48, 1, dtype=torch.int32),
+        torch.full((48, 1), float("nan")),
+    ]
     + [torch.full((48, 1), float("inf")), "text", 1.0],
-    "zero": [torch.ones(49, 1), torch.ones(1, 48), torch.ones(48, 1, dtype=torch.uint8), torch.full((48, 1), float("-inf")), "text"],
+    "zero": [
+        torch.ones(49, 1),
+        torch.ones(1, 48),
+        torch.ones(48, 1, dtype=torch.uint8),
+        torch.full((48, 1), float("-inf")),
+        "text",
+    ],
     "axis": [torch.tensor(2), torch.tensor(-1), torch.tensor([0, 1]), torch.tensor(0.5), "1", True],
-    "packing": [text("9bit_u8"), text("2bit_u8"), text("3bit_32"), text(""), torch.tensor([200, 201], dtype=torch.uint8)]
+    "packing": [
+        text("9bit_u8"),
+        text("2bit_u8"),
+        text("3bit_32"),
+        text(""),
+        torch.tensor([200, 201], dtype=torch.uint8),
+    ]
     + [torch.tensor([300, -5]), "9bit_u8", 4],
-    "unpack_view_dtype": [text("torch.nothing"), text("uint8; import os"), torch.tensor([255], dtype=torch.uint8)],
-    "compute_dtype": [text("torch.nothing"), text(""), text("__import__('os')"), torch.tensor([255], dtype=torch.uint8)],
+    "unpack_view_dtype": [
+        text("torch.nothing"),
+        text("uint8; import os"),
+        torch.tensor([255], dtype=torch.uint8),
+    ],
+    "compute_dtype": [
+        text("torch.nothing"),
+        text(""),
+        text("__import__('os')"),
+        torch.tensor([255], dtype=torch.uint8),
+    ],
     "bias": [torch.ones(23), torch.ones(24, 1), torch.ones(64), "text"],
     "view_as_float": [torch.tensor([0, 1]), torch.tensor([], dtype=torch.uint8)],
     "quant_zero": [torch.tensor([0, 1])],
@@ -309,7 +413,13 @@ def test_a_dtype_is_never_evaluated(nested: bool, key: str, tmp_path: Path, rng:
 
 @pytest.mark.parametrize(
     "value",
-    [{"nbits": 8}, {}, "text", 3, {"nbits": 8, "group_size": None, "shape": (48, 1), "axis": 0, "scale": torch.ones(())}],
+    [
+        {"nbits": 8},
+        {},
+        "text",
+        3,
+        {"nbits": 8, "group_size": None, "shape": (48, 1), "axis": 0, "scale": torch.ones(())},
+    ],
     ids=str,
 )
 def test_corrupted_nested_descriptions(value: Any, rng: torch.Generator) -> None:
@@ -329,7 +439,9 @@ def test_quantised_stats_of_the_wrong_shape(rng: torch.Generator) -> None:
 
 class TestInsideModels:
     def model(self, rng: torch.Generator) -> nn.Sequential:
-        return nn.Sequential(quantized(rng), nn.LayerNorm(24), nn.ModuleDict({"deep": quantized(rng, nbits=3)}))
+        return nn.Sequential(
+            quantized(rng), nn.LayerNorm(24), nn.ModuleDict({"deep": quantized(rng, nbits=3)})
+        )
 
     @pytest.mark.parametrize("strict", [True, False])
     def test_round_trip(self, strict: bool, rng: torch.Generator) -> None:
@@ -357,7 +469,9 @@ class TestInsideModels:
         del state["0.scale"]
         state["2.deep.surprise"] = torch.ones(1)
         before = copy.deepcopy(dict(target[0].state_dict()))
-        with pytest.raises(RuntimeError, match=r"(?s)0\.scale.*2\.deep\.surprise|2\.deep\.surprise.*0\.scale"):
+        with pytest.raises(
+            RuntimeError, match=r"(?s)0\.scale.*2\.deep\.surprise|2\.deep\.surprise.*0\.scale"
+        ):
             target.load_state_dict(state)
         result = target.load_state_dict(state, strict=False)
         assert result.missing_keys == ["0.scale"]
@@ -476,7 +590,9 @@ class TestQuantisedStats:
 
     def test_embeddings_too(self, rng: torch.Generator) -> None:
         table = nn.Embedding(30, 16)
-        layer = HQQEmbedding.from_embedding(table, config(group_size=8, quant_zero=True), torch.float32, "cpu")
+        layer = HQQEmbedding.from_embedding(
+            table, config(group_size=8, quant_zero=True), torch.float32, "cpu"
+        )
         copied = HQQEmbedding(compute_dtype=torch.float32, device="cpu")
         copied.load_state_dict(layer.state_dict())
         ids = torch.tensor([[0, 29], [3, 3]])

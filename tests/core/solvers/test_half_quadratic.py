@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,14 @@ Array = NDArray[np.float32]
 
 
 def restated(
-    W: Array, inverse_scale: Array, zero: Array, dim: int, max_code: int, p: float = 0.7, beta: float = 10.0, steps: int = 20
+    W: Array,
+    inverse_scale: Array,
+    zero: Array,
+    dim: int,
+    max_code: int,
+    p: float = 0.7,
+    beta: float = 10.0,
+    steps: int = 20,
 ) -> list[Array]:
     """Return the zeros after every iteration, in float32, until the error does not fall any more."""
     trajectory = []
@@ -68,7 +76,7 @@ def test_it_stops_where_the_error_stops_falling(dim: int, rng: torch.Generator) 
         errors.append(float((W - (codes - zero) / start.inverse_scale).abs().mean()))
     first = stopped[0] if stopped else 24
     # The zeros of step s come from looking at errors[s - 1]: as long as it goes on, those fall.
-    assert all(later < earlier for earlier, later in zip(errors[: first - 1], errors[1 : first - 1], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(errors[: max(first - 1, 0)]))
 
 
 @pytest.mark.parametrize("round_zero", [False, True])
@@ -84,7 +92,9 @@ def test_codes_are_the_nearest_for_the_final_zero(
         allowed = (other >= 0) & (other <= max_code)
         worse = ((other - zero) * scale - W.double()).abs() - error
         # in float32 the middle between two codes is known to a few units of zero and code
-        assert bool((worse[allowed] >= -(scale * (zero.abs() + max_code) * 2.0**-21).expand_as(W)[allowed]).all())
+        assert bool(
+            (worse[allowed] >= -(scale * (zero.abs() + max_code) * 2.0**-21).expand_as(W)[allowed]).all()
+        )
 
 
 def test_the_scale_is_that_of_min_max(rng: torch.Generator) -> None:
@@ -100,7 +110,9 @@ def test_the_start_only_is_rounded(rng: torch.Generator) -> None:
 
 @pytest.mark.parametrize("elements", [1, 1000, 5000])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_blocks_do_not_show(dim: int, elements: int, monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
+def test_blocks_do_not_show(
+    dim: int, elements: int, monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
     W = torch.randn(200, 64, generator=rng) if dim == 1 else torch.randn(64, 200, generator=rng)
     start = min_max_lattice(W, dim, 15)
     whole = [refine_zero(W, start, dim, 15, iterations=steps) for steps in (1, 2)]
@@ -110,7 +122,9 @@ def test_blocks_do_not_show(dim: int, elements: int, monkeypatch: pytest.MonkeyP
     assert sum(W[block].numel() for block in blocks) == W.numel()
     for steps, expected in zip((1, 2), whole, strict=True):
         # sums of up to 64 codes, added in another order
-        torch.testing.assert_close(refine_zero(W, start, dim, 15, iterations=steps), expected, rtol=0, atol=64 * 15 * 2.0**-24)
+        torch.testing.assert_close(
+            refine_zero(W, start, dim, 15, iterations=steps), expected, rtol=0, atol=64 * 15 * 2.0**-24
+        )
 
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
@@ -153,7 +167,13 @@ class TestOriginalConvention:
     def start(self, rng: torch.Generator) -> dict[str, Any]:
         W = torch.randn(32, 64, generator=rng)
         lattice = min_max_lattice(W, 1, 15)
-        return {"tensor": W, "scale": lattice.inverse_scale, "zero": lattice.zero, "min_max": [0, 15], "axis": 1}
+        return {
+            "tensor": W,
+            "scale": lattice.inverse_scale,
+            "zero": lattice.zero,
+            "min_max": [0, 15],
+            "axis": 1,
+        }
 
     def test_is_the_solver(self, rng: torch.Generator) -> None:
         start = self.start(rng)
@@ -164,7 +184,9 @@ class TestOriginalConvention:
         assert torch.equal(inverse_scale, start["scale"])
         assert optimize_weights_proximal_legacy is optimize_weights_proximal
 
-    @pytest.mark.parametrize("params", [{"lp_norm": 0.9}, {"beta": 1e4}, {"beta": 1e3, "lp_norm": 0.5}, {"lp_norm": 1.0}])
+    @pytest.mark.parametrize(
+        "params", [{"lp_norm": 0.9}, {"beta": 1e4}, {"beta": 1e3, "lp_norm": 0.5}, {"lp_norm": 1.0}]
+    )
     def test_parameters_count(self, params: dict[str, float], rng: torch.Generator) -> None:
         """With a large beta far smaller residuals survive the shrinkage than with the default."""
         start = self.start(rng)
