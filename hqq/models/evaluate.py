@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from hqq.errors import ConfigError, HQQError, WeightError
+from hqq.models.progress import progress_bar
 from hqq.models.text import Tokenizer, model_device, token_ids
 
 _MAX_WINDOW = 2048
@@ -83,8 +83,7 @@ def perplexity(
 
     started = time.perf_counter()
     windows = _batches(len(tokens) - 1, window, stride, batch_size)
-    bar = tqdm(total=len(tokens) - 1, unit="tok", unit_scale=True, desc="perplexity", disable=not progress)
-    with bar, _evaluating(model):
+    with progress_bar(len(tokens) - 1, "Perplexity", progress, unit="token") as bar, _evaluating(model):
         nll = _total_loss(logits_of, tokens, windows, window, bar) / (len(tokens) - 1)
     seconds = time.perf_counter() - started
     if math.isnan(nll):
@@ -180,7 +179,7 @@ def _total_loss(
     tokens: Tensor,
     batches: Iterable[tuple[list[int], int]],
     window: int,
-    bar: tqdm[Any],
+    bar: Any,
 ) -> float:
     """Return the sum over all scored tokens of their negative log-likelihood in nats."""
     total = 0.0
