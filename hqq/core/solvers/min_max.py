@@ -111,3 +111,13 @@ def solve_min_max(
     """Round every value to the nearest point of its group's min-max lattice (a `GroupSolver`)."""
     lattice = min_max_lattice(W, dim, max_code, round_zero=round_zero, storage_dtype=storage_dtype)
     return Solution(nearest_codes(W, lattice, max_code), lattice.scale, lattice.zero)
+
+
+def span_about(W: Tensor, dim: int, zero: float, max_code: int) -> Tensor:
+    """Return the smallest scale of each group [G] at which no value lies outside the codes 0 … `max_code` for `zero`.
+
+    At most half a step may lie outside where `zero` is the first or last code; 1 for groups of zeros.
+    """
+    above, below = max(max_code - zero, 0.5), max(zero, 0.5)
+    scale = torch.maximum(W.amax(dim) / above, W.amin(dim) / -below)
+    return torch.where(scale >= _SMALLEST_STEP, scale, torch.ones_like(scale))
