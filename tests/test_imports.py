@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ FACADES = ("hqq.engine", "hqq.utils", "hqq.core.quantize", "hqq.core.optimize", 
 REGISTRIES = {
     "__init__.py": "the lazy public names",
     "core/backend.py": "finds a backend by name; a backend needs the layer below it, not the other way round",
+    "core/hooks.py": "installs the repair of a library once that library has been imported by someone else",
+    "core/watch.py": "installs the repair of a library once that library has been imported by someone else",
 }
 
 OPTIONAL = {
@@ -97,6 +100,7 @@ def imports(file: Path) -> Iterator[tuple[int, str]]:
             )
 
 
+@cache
 def is_module(name: str) -> bool:
     path = PACKAGE.parent.joinpath(*name.split("."))
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
@@ -106,7 +110,7 @@ def named_modules(file: Path) -> Iterator[tuple[int, str]]:
     """Yield (line, module) of every module of this package that stands in the file as text."""
     for node in ast.walk(ast.parse(file.read_text(), str(file))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            name = node.value
+            name, _, _attribute = node.value.partition(":")
             if re.fullmatch(r"hqq(\.\w+)+", name) and is_module(name):
                 yield node.lineno, name
 
