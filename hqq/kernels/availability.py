@@ -11,7 +11,7 @@ import torch
 
 def interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1, for tests)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET") == "1" and triton_missing_reason() is None
 
 
 @cache

@@ -7,8 +7,8 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from hqq.core.qtensor import QSpec

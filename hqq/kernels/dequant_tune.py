@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-import triton  # type: ignore[import-untyped]
+import triton
 from torch import Tensor
 
 import hqq
