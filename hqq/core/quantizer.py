@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hqq.core.bitpack import FORMAT_OF_BITS, FORMATS, SUPPORTED_BITS, BitPack, check_nbits, max_code, pack
+from hqq.core.cache import CACHE_DIMS, cache_group_size
 from hqq.core.devices import DeviceLike, resolve_device
 from hqq.core.dtypes import check_compute_dtype
 from hqq.core.meta import spec_from_meta, stat_from_meta
@@ -91,6 +92,7 @@ class Quantizer:
     the configuration names is used.
     """
 
+    optimize_caches = False
     SUPPORTED_BITS = list(SUPPORTED_BITS)
     optimize_weights = staticmethod(optimize_weights_proximal)
     bit_to_packing = dict(FORMAT_OF_BITS)
@@ -105,7 +107,7 @@ class Quantizer:
         nbits: float = 4,
         channel_wise: bool = True,
         group_size: int | None = 64,
-        optimize: bool = True,
+        optimize: bool | None = None,
         round_zero: bool = False,
         axis: int = 0,
         bitpack: bool = True,
@@ -118,8 +120,15 @@ class Quantizer:
 
         compute_dtype: the dtype that scale and zero will be used in, and that packed codes are viewed as under
         view_as_float (float32 without it). device: where to solve and leave the result; None: the tensor's own.
-        bitpack=False leaves one code per element in the tensor's dtype.
+        bitpack=False leaves one code per element in the tensor's dtype. optimize=None runs the solver, but
+        not (unless one is named) for tensors of four dimensions: those are the key-value caches of transformers, which
+        calls without it at every flush. `Quantizer.optimize_caches = True` solves those too. Their group size is
+        fitted to the shape.
         """
+        if optimize is None:
+            is_cache = tensor.ndim == CACHE_DIMS and solver is None
+            optimize = cls.optimize_caches or not is_cache
+            group_size = cache_group_size(tensor.shape, group_size) if is_cache else group_size
         if compute_dtype is not None:
             check_compute_dtype(compute_dtype)
         if tensor.device.type == "meta":
