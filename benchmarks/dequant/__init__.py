@@ -1,0 +1,1 @@
+"""Dequantisation measured on a GPU: bandwidth, this library's kernel, and what others do."""

@@ -1,0 +1,49 @@
+"""Odd shapes through every variant of the dequantisation kernel, for a memory checker to watch.
+
+Run: compute-sanitizer --tool memcheck --error-exitcode 1 python -m benchmarks.dequant.memcheck
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from benchmarks.dequant.tensors import random_qtensor
+from hqq.kernels import dequantize_qtensor
+
+_SHAPES: tuple[tuple[tuple[int, ...], int | None], ...] = (
+    ((7, 24), 8),
+    ((9, 10), 5),
+    ((33, 130), 10),
+    ((66, 96), 48),
+    ((257, 36), None),
+    ((5, 3, 2, 16), 16),
+    ((1031, 64), 64),
+)
+
+
+def main() -> None:
+    # Without torch's allocator each tensor is an allocation of its own, with nothing behind it to read by mistake.
+    assert os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") == "1", "set PYTORCH_NO_CUDA_MEMORY_CACHING=1"
+    checked = 0
+    for nbits in (8, 4, 3, 2, 1):
+        for axis in (1, 0):
+            for shape, group_size in _SHAPES:
+                for dtype in (torch.bfloat16, torch.float32):
+                    for quantised in (False, True):
+                        q = random_qtensor(nbits, shape, group_size, axis, dtype, quantised=quantised)
+                        result = dequantize_qtensor(q, dtype)
+                        assert torch.equal(result, q.dequantize(dtype)), (
+                            nbits,
+                            axis,
+                            shape,
+                            dtype,
+                            quantised,
+                        )
+                        checked += 1
+    print(f"{checked} calls, all equal to the reference")
+
+
+if __name__ == "__main__":
+    main()

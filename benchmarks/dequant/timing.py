@@ -1,0 +1,76 @@
+"""Timing GPU work: medians of CUDA-graph replays over enough buffers that nothing comes from the L2 cache."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+# The buffers of one replay together; several times any L2 cache of today.
+_ROTATED_BYTES = 1 << 30
+
+
+def buffer_sets(bytes_per_call: int) -> int:
+    """Return how many distinct buffers a replay goes through."""
+    return max(2, min(24, -(-_ROTATED_BYTES // bytes_per_call)))
+
+
+def microseconds(function: Callable[[T], Tensor], inputs: Sequence[T], replays: int = 15) -> float:
+    """Return the median over replays of the time of one call, each replay calling `function` on every input once.
+
+    Results stay alive within a replay, so that each call writes memory of its own.
+    """
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        for item in inputs[:2]:
+            function(item)  # compiles, and sets up what must not happen under capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        results = [function(item) for item in inputs]
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = _event(), _event()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(inputs))
+    del results, graph
+    return float(statistics.median(times))
+
+
+def eager_microseconds(function: Callable[[T], Tensor], inputs: Sequence[T], repeats: int = 5) -> float:
+    """Return the median time of one call without a graph, launch overhead included."""
+    for item in inputs[:2]:
+        function(item)
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start, end = _event(), _event()
+        start.record()
+        for item in inputs:
+            function(item)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(inputs))
+    return float(statistics.median(times))
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def bandwidth() -> float:
+    """Return what a large elementwise multiplication moves, read and written, in bytes per second."""
+    inputs = [torch.rand(1 << 28, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    factor = torch.tensor(1.5, device="cuda", dtype=torch.bfloat16)
+    best = min(microseconds(lambda x: x * factor, inputs) for _ in range(3))
+    return 2 * inputs[0].nbytes / (best * 1e-6)
