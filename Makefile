@@ -25,10 +25,10 @@ unit: $(VENV)/dev.stamp
 
 venv: $(VENV)/dev.stamp
 
-# ORIGINAL: the Python of an environment with hqq==0.2.8.post1, to compare with.
+# HQQ_ORIGINAL_PYTHON: the Python of an environment with the original hqq, to compare with (see docs/design.md).
 bench-cpu: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.cpu_import
-	$(BIN)/python -m benchmarks.cpu_solver $(if $(ORIGINAL),--original-python $(ORIGINAL))
+	$(BIN)/python -m benchmarks.cpu_solver $(if $(HQQ_ORIGINAL_PYTHON),--original-python $(HQQ_ORIGINAL_PYTHON))
 
 clean:
 	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -48,5 +48,5 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing hqq and what the tests need into $(VENV) (minutes on the first run)"
-	$(PIP) -e ".[hf,plots,dev]"
+	$(PIP) -e ".[hf,peft,plots,dev]"
 	@touch $@

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hqq import HQQBackend, HQQLinear
+from hqq.core.peft import HQQLinearLoRA
 from hqq.errors import DeviceFallbackWarning
 
 TEXT = (Path(__file__).parent / "library.md").read_text()
@@ -128,6 +129,14 @@ def test_native_backends(scope: dict[str, Any]) -> None:
     assert (layer.selection().reason is None) == HAS_CUDA
 
 
+def assert_tags_have_their_settings(model: nn.Module) -> None:
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, HQQLinear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        expected = (4, 64) if ".self_attn." in name else (3, 32)
+        assert (layer.meta["nbits"], layer.meta["group_size"]) == expected, name
+
+
 def test_settings_by_layer(model_scope: dict[str, Any]) -> None:
     exec(snippet("Quantise a model").partition("#Quantize")[0], model_scope)
     exec(snippet("Settings by layer"), model_scope)
@@ -136,9 +145,41 @@ def test_settings_by_layer(model_scope: dict[str, Any]) -> None:
         "AutoHQQHFModel.quantize_model(model, quant_config=quant_config, compute_dtype=compute_dtype, device=device)",
         model_scope,
     )
-    modules = model_scope["model"].named_modules()
-    layers = {name: layer for name, layer in modules if isinstance(layer, HQQLinear)}
-    assert len(layers) == 14
-    for name, layer in layers.items():
-        expected = (4, 64) if ".self_attn." in name else (3, 32)
-        assert (layer.meta["nbits"], layer.meta["group_size"]) == expected, name
+    assert_tags_have_their_settings(model_scope["model"])
+
+
+def on_device(code: str) -> str:
+    """Return a snippet for transformers, which itself raises where it is told to use a GPU that is not there."""
+    return code.replace('"cuda"', f'"{DEVICE}"')
+
+
+def test_transformers(model_scope: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    exec(on_device(snippet("Transformers")), model_scope)
+    model = model_scope["model"]
+    assert sum(isinstance(m, HQQLinear) for m in model.modules()) == 14
+    # "You can save/load quantized models as regular transformers models"
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=DEVICE)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_transformers_settings_by_layer(model_scope: dict[str, Any]) -> None:
+    pytest.importorskip("accelerate")
+    imports, _, _ = snippet("Transformers").partition("\n\n")
+    load = snippet("Transformers").partition("# Load and quantize\n")[2]
+    exec(imports + "\n" + snippet("Transformers, settings by layer") + "\n" + on_device(load), model_scope)
+    assert_tags_have_their_settings(model_scope["model"])
+
+
+@pytest.mark.usefixtures("default_backend")
+def test_adapters(model_scope: dict[str, Any], tmp_path: Path) -> None:
+    exec(snippet("Quantise a model"), model_scope)
+    before = logits(model_scope["model"])
+    filename = tmp_path / "lora.pt"
+    exec(snippet("Adapters"), model_scope | {"axis": 0, "filename": str(filename)})
+    adapters = [m for m in model_scope["model"].modules() if isinstance(m, HQQLinearLoRA)]
+    assert len(adapters) == 8
+    assert filename.stat().st_size > 0
+    # An adapter that has not been trained adds nothing.
+    assert torch.equal(logits(model_scope["model"]), before)
