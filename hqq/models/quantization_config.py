@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hqq.core.hooks import after_quantizing
 from hqq.core.modules import linear_tag, named_sites
 from hqq.core.quantized_module import QuantizedModule
 
@@ -69,3 +70,4 @@ def attach_config(model: nn.Module, described: Mapping[str, Any]) -> None:
         config["quantization_config"] = dict(described)
     elif hasattr(config, "__dict__"):
         config.quantization_config = dict(described)  # type: ignore[union-attr]
+    after_quantizing(model)

@@ -15,6 +15,7 @@ from hqq.core.layer_state import missing_keys
 from hqq.core.linear import HQQLinear
 from hqq.core.quantized_module import QuantizedModule
 from hqq.errors import CheckpointError, MissingKeysError, ShapeError
+from hqq.models.sharing import sharing_layer
 
 
 def quantize_parameter(model: nn.Module, name: str, value: Tensor, config: LegacyConfig) -> None:
@@ -39,7 +40,9 @@ def load_parameter(model: nn.Module, name: str, state: Mapping[str, Tensor], dty
         )
     owner, leaf = _owner(model, name)
     device = state["W_q"].device
-    if isinstance(owner, nn.Linear):
+    if isinstance(owner, QuantizedModule):  # shared with a layer that came first, but with codes of its own
+        owner.load_state_dict(state, strict=False)
+    elif isinstance(owner, nn.Linear):
         layer = HQQLinear(None, None, compute_dtype=dtype, device=device)
         layer.out_features, layer.in_features = owner.weight.shape
         layer.load_state_dict(state, strict=False)
@@ -70,15 +73,56 @@ def _replace_layer(model: nn.Module, name: str, layer: QuantizedModule, bias: nn
         layer.bias = bias
     layer.name = path
     _put(model.get_submodule(parent), child, layer)
-    untie(model, name)
 
 
-def untie(model: nn.Module, name: str) -> None:
+def share_tied(model: nn.Module, name: str) -> list[str]:
+    """Give the layers whose parameters are tied to `name`, which is loaded, its codes; return those parameters."""
+    path = name.rpartition(".")[0]
+    loaded = model.get_submodule(path) if path else model
+    if not isinstance(loaded, QuantizedModule) or isinstance(loaded, HQQExperts):
+        return []
+    shared = []
+    for other in tied_to(model, name):
+        owner, leaf = _owner(model, other)
+        if leaf == "weight" and isinstance(owner, nn.Linear | nn.Embedding):
+            _replace_layer(
+                model,
+                other,
+                sharing_layer(loaded, owner),
+                owner.bias if isinstance(owner, nn.Linear) else None,
+            )
+            shared.append(other)
+    for parameter in (name, *shared):
+        _untie(model, parameter)
+    return shared
+
+
+def tied_to(model: Any, name: str) -> set[str]:
+    """Return the parameters tied to the one called `name`."""
+    ties: Any = getattr(model, "all_tied_weights_keys", None)
+    if not isinstance(ties, Mapping):
+        ties = _tied_embeddings(model)
+    group = {name}
+    for pair in ties.items():
+        group |= set(pair) if group & set(pair) else set()
+    return group - {name}
+
+
+def _tied_embeddings(model: Any) -> dict[str, str]:
+    """Return the output head's weight and the table it is tied to, where the model's configuration says so."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return {}
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
+    ends = [names.get(module) for module in (model.get_output_embeddings(), model.get_input_embeddings())]
+    return {ends[0]: ends[1]} if ends[0] is not None and ends[1] is not None else {}
+
+
+def _untie(model: nn.Module, name: str) -> None:
     """Forget that the parameter called `name`, which no longer exists, is tied to another one."""
-    tied: Any = getattr(model, "all_tied_weights_keys", None)
-    if isinstance(tied, dict):
-        for key in [key for key, source in tied.items() if name in (key, source)]:
-            del tied[key]
+    ties: Any = getattr(model, "all_tied_weights_keys", None)
+    if isinstance(ties, dict):
+        for key in [key for key, source in ties.items() if name in (key, source)]:
+            del ties[key]
 
 
 def _put(owner: nn.Module, child: str, layer: QuantizedModule) -> None:

@@ -9,7 +9,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from hqq.errors import HQQError
 from hqq.integrations.transformers.keys import STATE_KEYS
-from hqq.integrations.transformers.layers import load_parameter, quantize_parameter
+from hqq.integrations.transformers.layers import load_parameter, quantize_parameter, share_tied
 
 if TYPE_CHECKING:
     from hqq.integrations.transformers.session import Session
@@ -61,6 +61,8 @@ class LoadLayers(_Operation):
         state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
         try:
             load_parameter(self.session.model, name, state, self.session.dtype_of(name))
+            for other in share_tied(self.session.model, name):
+                self._found(other, kwargs)
         except HQQError as error:
             self.session.failed[name] = error
         self._found(name, kwargs)

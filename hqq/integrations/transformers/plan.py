@@ -12,9 +12,10 @@ from hqq.core.config import LegacyConfig, is_config_dict
 from hqq.core.experts import expert_parameters
 from hqq.core.modules import linear_tag, matches, skip_rule
 from hqq.errors import ConfigError
+from hqq.models.candidates import examine
 
-# The output projection of nn.MultiheadAttention, whose weight is read without calling the layer.
-_FUSED_CLASSES = ("NonDynamicallyQuantizableLinear",)
+# Classes with a forward of their own that computes what nn.Linear does.
+_PLAIN_CLASSES = ("FalconLinear",)
 
 
 @dataclass
@@ -35,13 +36,13 @@ def plan(model: nn.Module, quant_config: Mapping[str, Any], skip_modules: Sequen
     tied = tied_parameters(model)
     found = Plan()
     names = list(candidates(model))
-    for name, layer, fused in names:
+    for name, layer, obstacle in names:
         rule = skip_rule(layer, skip_modules or ())
         config = config_of(layer, quant_config)
         if rule is not None:
             found.left[name] = f"skip_modules has {rule!r}"
-        elif fused is not None:
-            found.left[name] = fused
+        elif obstacle is not None:
+            found.left[name] = obstacle
         elif name in tied:
             found.left[name] = "it is tied to another parameter"
         elif config is None:
@@ -60,12 +61,8 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, str, str | None]]:
     """Yield (parameter name, layer name, None or why it cannot be quantised) of what could be quantised."""
     for layer, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            fused = type(module).__name__ in _FUSED_CLASSES
-            yield (
-                f"{layer}.weight",
-                layer,
-                "its module reads the weight without calling the layer" if fused else None,
-            )
+            candidate = None if type(module).__name__ in _PLAIN_CLASSES else examine(module)
+            yield f"{layer}.weight", layer, None if candidate is None else candidate.reason
     for name, _, _ in expert_parameters(model):
         yield name, name, None
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from hqq.core.modules import name_modules
 from hqq.errors import CheckpointError, ConfigError
+from hqq.integrations.transformers.adopt import state_without_aliases
 from hqq.integrations.transformers.finish import finish
 from hqq.integrations.transformers.session import Session
 
@@ -92,6 +93,12 @@ def refuse_quantized_files(checkpoint_files: list[str] | None) -> None:
                 )
 
 
+def get_state_dict_and_metadata(
+    self: Any, model: nn.Module, *args: Any
+) -> tuple[dict[str, Any], dict[str, str]]:
+    return state_without_aliases(model), {}
+
+
 def session_of(hf_quantizer: Any) -> Session:
     """Return the session of `hf_quantizer`, which is loading a model."""
     session = Session.of(hf_quantizer)
@@ -107,6 +114,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "get_quantize_ops": get_quantize_ops,
     "get_weight_conversions": get_weight_conversions,
     "update_weight_conversions": update_weight_conversions,
+    "get_state_dict_and_metadata": get_state_dict_and_metadata,
     "_process_model_before_weight_loading": before_loading,
     "_process_model_after_weight_loading": after_loading,
 }

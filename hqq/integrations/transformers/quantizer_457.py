@@ -16,8 +16,13 @@ from hqq.core.modules import name_modules
 from hqq.core.quantized_module import QuantizedModule
 from hqq.errors import HQQError, MissingKeysError
 from hqq.integrations.transformers.finish import finish
-from hqq.integrations.transformers.layers import load_parameter, quantize_parameter
-from hqq.integrations.transformers.quantizer import refuse_quantized_files, session_of, validate_environment
+from hqq.integrations.transformers.layers import load_parameter, quantize_parameter, share_tied
+from hqq.integrations.transformers.quantizer import (
+    get_state_dict_and_metadata,
+    refuse_quantized_files,
+    session_of,
+    validate_environment,
+)
 from hqq.integrations.transformers.session import Session
 
 
@@ -116,6 +121,7 @@ def _collect(session: LegacySession, key: str, value: Tensor) -> None:
     session.collected[name][end] = value
     if set(session.collected[name]) == session.expected[name]:
         load_parameter(session.model, name, session.collected.pop(name), session.dtype_of(name))
+        share_tied(session.model, name)
 
 
 def _belongs_to_layer(model: nn.Module, name: str) -> bool:
@@ -131,6 +137,7 @@ def _belongs_to_layer(model: nn.Module, name: str) -> bool:
 
 METHODS: dict[str, Callable[..., Any]] = {
     "validate_environment": validate_environment,
+    "get_state_dict_and_metadata": get_state_dict_and_metadata,
     "_process_model_before_weight_loading": before_loading,
     "_process_model_after_weight_loading": after_loading,
     "update_expected_keys": update_expected_keys,

@@ -78,6 +78,9 @@ class Session:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype in which the model wants the parameter called `name`."""
+        owner = self.model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, QuantizedModule):
+            return owner.compute_dtype
         parameter = self.model.get_parameter(name)
         always = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
         in_float16 = getattr(self.model, "_keep_in_fp32_modules", None) or ()
