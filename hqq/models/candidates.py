@@ -54,8 +54,12 @@ def _obstacle(module: nn.Module, base: type[nn.Module]) -> str | None:
 def avoid_fused_paths(model: nn.Module) -> None:
     """Keep modules of torch that read their children's weights in a fused call from doing so where those are codes."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            children = (module.linear1, module.linear2)
-            if any(isinstance(child, QuantizedModule) for child in children):
-                # The flag that nn.TransformerEncoderLayer and nn.TransformerEncoder ask before the fused call.
-                module.activation_relu_or_gelu = 0
+        # The flags that these two classes ask before the fused call, and before nesting the batch for it.
+        if isinstance(module, nn.TransformerEncoderLayer) and _holds_codes(module):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and _holds_codes(module):
+            module.use_nested_tensor = False
+
+
+def _holds_codes(module: nn.Module) -> bool:
+    return any(isinstance(child, QuantizedModule) for child in module.modules())

@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import secrets
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -67,20 +68,32 @@ def _put_in_place(new: Path, target: Path, disk: Disk) -> None:
         return
     if disk.exchange(new, target):
         disk.sync(target.parent)
-        disk.remove_tree(new)
+        _remove(new, disk)
         return
     old = _beside(target, "old")
-    disk.rename(target, old)
     try:
+        disk.rename(target, old)
         disk.rename(new, target)
-    except OSError:
-        disk.rename(old, target)
+    except BaseException:
+        # An interrupt may come between the two.
+        if old.exists() and not target.exists():
+            disk.rename(old, target)
         raise
     disk.sync(target.parent)
     # From here on it must not be taken for something to recover.
     dead = _beside(target, "dead")
     disk.rename(old, dead)
-    disk.remove_tree(dead)
+    _remove(dead, disk)
+
+
+def _remove(old: Path, disk: Disk) -> None:
+    """Remove what has been replaced. The new content is in place: failing here is no failure of the save."""
+    try:
+        disk.remove_tree(old)
+    except OSError as error:
+        warnings.warn(
+            f"could not remove {old}, which is no longer needed: {error}", ResourceWarning, stacklevel=2
+        )
 
 
 def _link_entries(old: Path, new: Path, stale: Callable[[str], bool], disk: Disk) -> None:

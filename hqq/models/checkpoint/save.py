@@ -97,7 +97,7 @@ def write_directory(path: str | Path, write: Callable[[Path], None], overwrite: 
         replace_directory(target, write, is_checkpoint_file, disk)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"got {target}, which could not be written: {error}. What was there is unchanged; "
+            f"got {target}, which could not be written: {error}. It holds what it held, or the new checkpoint in full; "
             "check permissions and space"
         ) from error
     return target

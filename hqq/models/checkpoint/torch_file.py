@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from hqq.core.layer_state import layer_state
 from hqq.core.linear import HQQLinear
-from hqq.errors import CheckpointError, CorruptCheckpointError
+from hqq.errors import CheckpointError, CorruptCheckpointError, MissingKeysError
 from hqq.models.checkpoint.disk import Disk
 from hqq.models.checkpoint.layout import TORCH
 from hqq.models.checkpoint.source import LayerState, Source, state_bytes
@@ -56,6 +57,19 @@ def _on_cpu(value: Any) -> Any:
     value = value.detach().to("cpu")
     # A view would take its whole storage into the file.
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+
+
+# What reading a damaged file ends in, depending on where the damage is.
+_DAMAGE = (
+    RuntimeError,
+    EOFError,
+    KeyError,
+    ValueError,
+    OSError,
+    NotImplementedError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
 
 
 class TorchSource:
@@ -124,25 +138,44 @@ def _today(state: Mapping[str, Any]) -> LayerState:
 
 def _read(path: Path, mapped: bool) -> dict[str, dict[str, Any]]:
     try:
+        if not mapped:
+            _check_sums(path)
         modules = _load(path, mapped)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except (PermissionError, IsADirectoryError) as error:
+        raise CheckpointError(f"got {path}, which cannot be read: {error}") from error
+    except CorruptCheckpointError:
+        raise
+    except _DAMAGE as error:
         reason = str(error).partition("\n")[0]
         raise CorruptCheckpointError(
             f"got {path}, which torch cannot read as plain tensors and values ({reason}); restore or download it again"
         ) from error
-    except OSError as error:
-        raise CheckpointError(f"got {path}, which cannot be read: {error}") from error
     if not isinstance(modules, dict) or not all(isinstance(state, Mapping) for state in modules.values()):
         raise CorruptCheckpointError(
             f"got {path} with a {type(modules).__name__}; expected {{module name: state}}"
         )
     for module, state in modules.items():
+        if "W_q" not in state and "nbits" in state:
+            raise MissingKeysError(f"{module}: got a layer's state without W_q; expected its codes")
         strays = [key for key, value in state.items() if "W_q" not in state and not isinstance(value, Tensor)]
         if strays:
             raise CorruptCheckpointError(
                 f"{module}: got values that are no tensors: {', '.join(map(str, strays))}"
             )
     return modules
+
+
+def _check_sums(path: Path) -> None:
+    """Raise CorruptCheckpointError if a part of the file fails its checksum, which torch does not look at."""
+    if not zipfile.is_zipfile(path):
+        return  # the format before zip had no checksums
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged is not None:
+        raise CorruptCheckpointError(
+            f"got {path}, whose part {damaged} fails its checksum; the file was damaged after it was written (or "
+            "written without checksums): restore or download it again"
+        )
 
 
 def _load(path: Path, mapped: bool) -> Any:
