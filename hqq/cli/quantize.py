@@ -42,7 +42,9 @@ def _text(report: QuantizationReport, target: str) -> str:
     ]
     by_reason: dict[str, list[str]] = {}
     for row in report.left:
-        by_reason.setdefault(row.reason, []).append(row.name)
+        # The library's arguments, as this command calls them.
+        reason = row.reason.replace("lm_head=True", "--lm-head").replace("embeddings=True", "--embeddings")
+        by_reason.setdefault(reason, []).append(row.name)
     for reason, names in by_reason.items():
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         lines.append(f"left as it was: {shown} ({reason})")

@@ -89,6 +89,8 @@ def test_quantize_takes_settings_per_layer_and_skips(hqq: Run, model_folder: Pat
 
 
 def test_quantize_embeddings_and_output_layer(hqq: Run, model_folder: Path, tmp_path: Path) -> None:
+    left = hqq("quantize", model_folder, tmp_path / "without", "--group-size", 32).out
+    assert "model.embed_tokens (an embedding; --embeddings quantises it)" in left
     options = ["--embeddings", "--lm-head", "--group-size", 32, "--format", "pt"]
     assert hqq("quantize", model_folder, tmp_path / "out", *options).status == 0
     assert (tmp_path / "out" / "qmodel.pt").is_file()
