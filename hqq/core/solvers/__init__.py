@@ -1,7 +1,7 @@
 """How scale, zero and codes of a weight's groups are found.
 
 A solver is a function `solve(W, dim, max_code, *, round_zero, storage_dtype) -> Solution` over a grouped matrix; the
-registry below names those that a configuration may ask for.
+registry below names those that a configuration may ask for. "als", the default, also takes a zero mode and weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SOLVERS: dict[str, GroupSolver] = {
     "minmax": solve_min_max,
 }
 
-DEFAULT_SOLVER = "hqq"
+DEFAULT_SOLVER = "als"
 
 
 def get_solver(name: str | None) -> GroupSolver:

@@ -1,7 +1,11 @@
 """From a lattice in full precision to one that its storage dtype holds: the last stage of the ALS solver.
 
 The error that counts is that of the stored scale and zero. So the scale is rounded first, the zero is fitted again
-for the rounded scale, step by step on the values that can be stored, and the codes come last.
+for the rounded scale on the values that can be stored, and codes follow from both.
+
+Least squares then leaves the values too small: with a relative error e, what is stored has 1 - e of the original's
+extent along the original, and so have a layer's outputs. With the codes as they are, the scale is raised by most of
+that: a layer's outputs come out at their size for a slightly larger squared error (see docs/solver.md).
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from torch import Tensor
 from hqq.core.solvers.columns import Layout
 
 ZERO_FITS = 2
+# Share of the lost extent that is given back; at 1 the values are unbiased, at the cost of more squared error.
+EXTENT = 0.75
 
 
 def stored(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -47,23 +53,31 @@ class Judge:
         self.codes.add_(spread(zero)).round_().clamp_(0, self.max_code)
 
     def error(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """Return the (weighted) squared error [width] of the codes, which are set to the nearest."""
-        self.round_to(scale, zero)
+        """Return the (weighted) squared error [width] of `codes` on the lattice (scale, zero)."""
         spread = self.layout.spread
         residual = torch.sub(self.codes, spread(zero), out=self.scratch).mul_(spread(scale)).sub_(self.values)
         residual.mul_(spread(self.unit.reciprocal())).square_()
-        if self.weights is not None:
-            residual.mul_(self.weights)
-        return self.layout.total(residual)
+        return self._total(residual)
+
+    def _total(self, tile: Tensor) -> Tensor:
+        return self.layout.total(tile if self.weights is None else tile.mul_(self.weights))
 
     def best_zero(self, scale: Tensor) -> Tensor:
-        """Return the zero that fits the codes of the last lattice best, for the same scale."""
+        """Return the zero that fits `codes` best for this scale."""
         offsets = torch.mul(self.values, self.layout.spread(-scale.reciprocal()), out=self.scratch).add_(
             self.codes
         )
-        if self.weights is not None:
-            offsets.mul_(self.weights)
-        return self.layout.total(offsets) / self.layout.length
+        return self._total(offsets) / self.layout.length
+
+    def extended(self, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a scale for `codes` and this zero that restores EXTENT of the lost extent, and the sum of squares."""
+        spread = self.layout.spread
+        values = self.values * spread(self.unit.reciprocal())
+        levels = torch.sub(self.codes, spread(zero), out=self.scratch)
+        along = self._total(levels * values)
+        least_squares = along / self._total(levels.square_())
+        squares = self._total(values.square_())
+        return torch.lerp(least_squares, squares / along, EXTENT).mul_(self.unit), squares
 
 
 def store(judge: Judge, fallback: Tensor, lattice: Tensor, dtype: torch.dtype, zero_mode: str) -> Tensor:
@@ -74,17 +88,36 @@ def store(judge: Judge, fallback: Tensor, lattice: Tensor, dtype: torch.dtype, z
     where that has no larger error, or where the other has a scale or zero that cannot be used.
     """
     best = stored(fallback, dtype)
-    error = judge.error(best[0], best[1])
+    judge.round_to(best[0], best[1])
+    limit = error = judge.error(best[0], best[1])
     scale, zero = stored(lattice, dtype)
     free = zero_mode in ("float", "integer")
     for fits_left in range(ZERO_FITS if free else 0, -1, -1):
+        judge.round_to(scale, zero)
         found = judge.error(scale, zero)
-        usable = (scale > 0) & torch.isfinite(scale.reciprocal()) & torch.isfinite(zero)
-        better = (found < error) & usable
+        better = (found < error) & _usable(scale, zero)
         best = torch.where(better, torch.stack((scale, zero)), best)
         error = torch.where(better, found, error)
         if fits_left:
             zero = judge.best_zero(scale)
             zero = stored(zero.round_() if zero_mode == "integer" else zero, dtype)
     judge.round_to(best[0], best[1])
-    return best
+    return _extend(judge, best, error, limit, dtype)
+
+
+def _usable(scale: Tensor, zero: Tensor) -> Tensor:
+    return (scale > 0) & torch.isfinite(scale.reciprocal()) & torch.isfinite(zero)
+
+
+def _extend(judge: Judge, best: Tensor, error: Tensor, limit: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `best` [2, width] with larger scales where that gives back extent at the price that it should cost.
+
+    error, limit: [width], errors of `best` and of the fallback. The scale stays where rounding it to `dtype` would
+    cost more than a scale without bias does, which is where steps are fine and there is next to nothing to give back.
+    """
+    scale, squares = judge.extended(best[1])
+    scale = stored(scale, dtype)
+    found = judge.error(scale, best[1])
+    price = error * squares / (squares - error)
+    taken = (error < limit) & (found < limit) & (found <= price) & _usable(scale, best[1])
+    return torch.stack((torch.where(taken, scale, best[0]), best[1]))
