@@ -12,7 +12,7 @@ from hqq.integrations.transformers.finish import prefer_single_experts
 from hqq.integrations.transformers.versions import support
 
 
-def on_quantized(model: Any) -> None:
+def on_quantized(model: nn.Module) -> None:
     """Set up `model` for `save_pretrained` and for PEFT, if it is a transformers model and has a configuration.
 
     It gets what `from_pretrained` would have given it: a quantiser that says how to save it, `quantization_method`,
@@ -30,10 +30,11 @@ def on_quantized(model: Any) -> None:
 
     install()
     config = HqqConfig.from_dict(dict(described))
-    model.hf_quantizer = HqqHfQuantizer(config, pre_quantized=True)  # type: ignore[no-untyped-call]
-    model.is_quantized = True
-    model.quantization_method = QuantizationMethod.HQQ
-    model.config._is_quantized = True
+    adopted: Any = model
+    adopted.hf_quantizer = HqqHfQuantizer(config, pre_quantized=True)  # type: ignore[no-untyped-call]
+    adopted.is_quantized = True
+    adopted.quantization_method = QuantizationMethod.HQQ
+    adopted.config._is_quantized = True
     prefer_single_experts(model)
     if support().need == "loader":
         from hqq.integrations.transformers.conversions import keep_reversible

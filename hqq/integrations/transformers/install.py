@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hqq.errors import BackendError
-from hqq.integrations.transformers.versions import Support, support
-
-_MARK = "_hqq_repair"
+from hqq.integrations.transformers.versions import MARK, Support, support
 
 
 def on_config() -> None:
@@ -17,7 +15,7 @@ def on_config() -> None:
         from transformers.quantizers import quantizer_hqq
     except ImportError:
         return  # a transformers without HQQ: nothing there can ask for it
-    if not hasattr(quantizer_hqq.HqqHfQuantizer, _MARK):
+    if not hasattr(quantizer_hqq.HqqHfQuantizer, MARK):
         install()
 
 
@@ -32,11 +30,11 @@ def install() -> Support:
         return found
     from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 
-    if hasattr(HqqHfQuantizer, _MARK):
+    if hasattr(HqqHfQuantizer, MARK):
         return found
     for name, method in _methods(found).items():
         setattr(HqqHfQuantizer, name, method)
-    setattr(HqqHfQuantizer, _MARK, found.need)
+    setattr(HqqHfQuantizer, MARK, found)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -83,14 +83,19 @@ def refuse_quantized_files(checkpoint_files: list[str] | None) -> None:
     from safetensors import safe_open
 
     for path in checkpoint_files or ():
-        if not str(path).endswith(".safetensors"):
-            continue
-        with safe_open(path, framework="pt") as file:
-            if any(key.endswith(".W_q") for key in file.keys()):  # noqa: SIM118
-                raise CheckpointError(
-                    f"got {path}, whose layers are quantised, beside a config.json without quantization_config; "
-                    "load it with hqq.models.checkpoint.load_quantized and save it again, or add that entry"
-                )
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, framework="pt") as file:
+                refuse_quantized_keys(file.keys())
+
+
+def refuse_quantized_keys(keys: Iterable[str]) -> None:
+    """Raise CheckpointError if there are the keys of quantised layers among `keys`."""
+    quantized = next((key for key in keys if key.endswith(".W_q")), None)
+    if quantized is not None:
+        raise CheckpointError(
+            f"got a checkpoint that is quantised already (it has {quantized}), beside a config.json without "
+            "quantization_config; load it with hqq.models.checkpoint.load_quantized and save it again"
+        )
 
 
 def get_state_dict_and_metadata(

@@ -19,7 +19,7 @@ from hqq.integrations.transformers.finish import finish
 from hqq.integrations.transformers.layers import load_parameter, quantize_parameter, share_tied
 from hqq.integrations.transformers.quantizer import (
     get_state_dict_and_metadata,
-    refuse_quantized_files,
+    refuse_quantized_keys,
     session_of,
     validate_environment,
 )
@@ -41,8 +41,6 @@ class LegacySession(Session):
 
 
 def before_loading(self: Any, model: nn.Module, **kwargs: Any) -> nn.Module:
-    if not self.pre_quantized:
-        refuse_quantized_files(kwargs.get("checkpoint_files"))
     name_modules(model)
     LegacySession(self, model).start()
     return model
@@ -63,6 +61,7 @@ def update_expected_keys(
     """Replace the weight of every layer that `loaded_keys` has codes for by the keys of its codes."""
     session: Any = session_of(self)
     if not self.pre_quantized:
+        refuse_quantized_keys(loaded_keys)
         return list(expected_keys)
     replaced = set()
     for key in loaded_keys:

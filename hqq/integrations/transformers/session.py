@@ -82,10 +82,9 @@ class Session:
         if isinstance(owner, QuantizedModule):
             return owner.compute_dtype
         parameter = self.model.get_parameter(name)
-        always = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
-        in_float16 = getattr(self.model, "_keep_in_fp32_modules", None) or ()
-        keep = [*always, *(in_float16 if parameter.dtype == torch.float16 else ())]
-        patterns = (rf"(^|\.){part.replace('*', '.*')}($|\.)" for part in keep)
+        patterns = (
+            rf"(^|\.){part.replace('*', '.*')}($|\.)" for part in _in_float32(self.model, parameter.dtype)
+        )
         return torch.float32 if any(re.search(pattern, name) for pattern in patterns) else parameter.dtype
 
     def is_loaded(self, name: str) -> bool:
@@ -118,6 +117,18 @@ class Session:
         is_head = bool(self._prefix) and not name.startswith(f"{self._prefix}.")
         has_base = hasattr(self.model, self._prefix) if self._prefix else False
         return not (is_head and has_base and type(self.model).__name__ not in architectures)
+
+
+def _in_float32(model: Any, dtype: torch.dtype) -> list[str]:
+    """Return the names (or globs) of modules that a model of `dtype` keeps in float32."""
+    if hasattr(model, "_get_dtype_plan"):
+        plan: Mapping[str, torch.dtype] = model._get_dtype_plan(dtype)
+    elif hasattr(model, "dtype_plan"):
+        plan = model.dtype_plan
+    else:
+        strict, lenient = model._keep_in_fp32_modules_strict or (), model._keep_in_fp32_modules or ()
+        return [*strict, *(lenient if dtype == torch.float16 else ())]
+    return [name for name, kept in plan.items() if kept == torch.float32]
 
 
 def _quant_config(config: Any) -> Mapping[str, Any]:

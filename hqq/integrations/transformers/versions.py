@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 Need = Literal["nothing", "dtype", "loader", "unsupported"]
 
+# The attribute of HqqHfQuantizer that says that it is repaired, and what it needed.
+MARK = "_hqq_repair"
+
 # What the repair of 5.x hangs on to.
 _LOADER_HOOKS = (
     "get_quantize_ops",
@@ -41,6 +44,9 @@ def support() -> Support:
     quantizer = _quantizer_class()
     if quantizer is None:
         return _unsupported(version, "has no HqqHfQuantizer")
+    if MARK in vars(quantizer):
+        found: Support = getattr(quantizer, MARK)
+        return found
     if "create_quantized_param" in vars(quantizer):
         return _support_of_4(version, quantizer)
     ops = getattr(quantizer, "get_quantize_ops", None)
