@@ -8,7 +8,7 @@ from typing import Any
 
 from hqq.core.bitpack import check_nbits
 from hqq.core.hooks import before_config
-from hqq.core.solvers import SOLVERS
+from hqq.core.solvers import SOLVERS, ZERO_MODES
 from hqq.errors import ConfigError
 
 LegacyConfig = dict[str, Any]
@@ -35,6 +35,7 @@ class QuantConfig:
         optimize: False rounds to nearest instead of running the solver.
         round_zero: start from integer zeros; None means the original's choice, 4 bit only.
         solver: name of the solver; None for the default.
+        zero_mode: which zeros the default solver may choose: float, integer, middle or signed; None for float.
 
     Raises ConfigError for values outside these.
     """
@@ -49,6 +50,7 @@ class QuantConfig:
     optimize: bool = True
     round_zero: bool | None = None
     solver: str | None = None
+    zero_mode: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "nbits", check_nbits(self.nbits))
@@ -61,6 +63,10 @@ class QuantConfig:
             raise ConfigError(f"got axis={self.axis!r}; expected 0 or 1")
         if self.solver is not None and self.solver not in SOLVERS:
             raise ConfigError(f"got solver={self.solver!r}; expected one of {', '.join(SOLVERS)}, or None")
+        if self.zero_mode is not None and self.zero_mode not in ZERO_MODES:
+            raise ConfigError(
+                f"got zero_mode={self.zero_mode!r}; expected one of {', '.join(ZERO_MODES)}, or None"
+            )
 
     def to_dict(self) -> LegacyConfig:
         """Return the nested dict form, JSON-able, as `BaseQuantizeConfig` gives it."""
@@ -75,6 +81,8 @@ class QuantConfig:
         }
         if self.solver is not None:
             weight["solver"] = self.solver
+        if self.zero_mode is not None:
+            weight["zero_mode"] = self.zero_mode
         quant_scale = self.quant_zero if self.offload_meta else self.quant_scale
         zero = SCALE_PARAMS if self.offload_meta else ZERO_PARAMS
         return {
@@ -103,6 +111,7 @@ class QuantConfig:
             optimize=weight["optimize"],
             round_zero=weight["round_zero"],
             solver=weight.get("solver"),
+            zero_mode=weight.get("zero_mode"),
         )
 
 
@@ -132,11 +141,11 @@ def complete_config(config: Mapping[str, Any]) -> LegacyConfig:
     weight = {"channel_wise": True, "optimize": True, "round_zero": False, "axis": 0, "view_as_float": False}
     weight.update(config["weight_quant_params"])
     missing = [key for key in ("nbits", "group_size") if key not in weight]
-    extra = set(weight) - {*_WEIGHT_KEYS, "solver"}
+    extra = set(weight) - {*_WEIGHT_KEYS, "solver", "zero_mode"}
     if missing or extra:
         raise ConfigError(
             f"got weight_quant_params with missing {missing} and unknown {sorted(extra)}; "
-            f"expected {', '.join(_WEIGHT_KEYS)} and optionally solver"
+            f"expected {', '.join(_WEIGHT_KEYS)} and optionally solver and zero_mode"
         )
     complete: LegacyConfig = {"weight_quant_params": weight}
     for section in ("scale_quant_params", "zero_quant_params"):

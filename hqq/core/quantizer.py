@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from hqq.core.devices import DeviceLike, resolve_device
 from hqq.core.dtypes import check_compute_dtype
 from hqq.core.meta import spec_from_meta, stat_from_meta
 from hqq.core.qtensor import QSpec, QTensor
-from hqq.core.solvers import Solution, get_solver
+from hqq.core.solvers import DEFAULT_SOLVER, Solution, get_solver
 from hqq.core.solvers.legacy import optimize_weights_proximal, solve_with
 from hqq.core.solvers.min_max import solve_min_max
 from hqq.core.wire import NESTED_KEYS
@@ -35,6 +35,8 @@ def quantize_tensor(
     solver: str | None = None,
     storage_dtype: torch.dtype = torch.float32,
     optimize_weights: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
+    zero_mode: str | None = None,
+    importance: Tensor | None = None,
 ) -> QTensor:
     """Quantise a floating-point tensor of any shape.
 
@@ -45,6 +47,9 @@ def quantize_tensor(
         round_zero: start from integer zeros.
         storage_dtype: dtype scale and zero will be cast to; the lattice is chosen for what it can hold.
         optimize_weights: a function in the original's convention that replaces the solver.
+        zero_mode: which zeros solver="als" may choose, see `solve_als`; None for any number.
+        importance: weights of the squared error for solver="als", of a shape that broadcasts to the tensor's, such as
+            [K] for the inputs of a linear layer.
 
     Returns a QTensor with packed codes and float32 scale and zero. Raises ConfigError, DtypeError, ShapeError or
     WeightError for what cannot be quantised.
@@ -59,9 +64,32 @@ def quantize_tensor(
     )
     W = spec.grouping.group(tensor.detach().float())
     dim = axis if channel_wise else None
-    solution = _solve(W, dim, spec, optimize, round_zero, solver, storage_dtype, optimize_weights)
+    options: dict[str, Any] = {"round_zero": round_zero, "storage_dtype": storage_dtype}
+    if zero_mode is not None or importance is not None:
+        chosen = (
+            (solver or DEFAULT_SOLVER) if optimize and optimize_weights is None and channel_wise else None
+        )
+        if chosen != "als":
+            raise ConfigError(
+                "got zero_mode or importance without the solver that knows them; "
+                "expected solver='als', optimize=True and channel_wise=True"
+            )
+        options["zero_mode"] = zero_mode or "float"
+        options["importance"] = None if importance is None else _grouped_importance(importance, W, spec)
+    solution = _solve(W, dim, spec, optimize, solver, optimize_weights, options)
     codes = pack(solution.codes, FORMATS[FORMAT_OF_BITS[nbits]]) if W.ndim else solution.codes.to(torch.uint8)
     return QTensor(codes, solution.scale, solution.zero, spec)
+
+
+def _grouped_importance(importance: Tensor, W: Tensor, spec: QSpec) -> Tensor:
+    try:
+        weights = importance.detach().to(W).broadcast_to(spec.shape)
+    except RuntimeError:
+        raise ShapeError(
+            f"got importance of shape {tuple(importance.shape)}; expected one that broadcasts to the weight's, "
+            f"{spec.shape}, such as [{spec.shape[-1]}] for one value per input"
+        ) from None
+    return spec.grouping.group(weights)
 
 
 def _solve(
@@ -69,12 +97,10 @@ def _solve(
     dim: int | None,
     spec: QSpec,
     optimize: bool,
-    round_zero: bool,
     solver: str | None,
-    storage_dtype: torch.dtype,
     optimize_weights: Callable[..., tuple[Tensor, Tensor, Tensor]] | None,
+    options: Mapping[str, Any],
 ) -> Solution:
-    options: dict[str, Any] = {"round_zero": round_zero, "storage_dtype": storage_dtype}
     solve = get_solver(solver)
     if not optimize or dim is None:
         return solve_min_max(W, dim, max_code(spec.nbits), **options)
@@ -115,6 +141,8 @@ class Quantizer:
         view_as_float: bool = False,
         device: DeviceLike = None,
         solver: str | None = None,
+        zero_mode: str | None = None,
+        importance: Tensor | None = None,
     ) -> tuple[Tensor, Meta]:
         """Quantise `tensor` (any shape) and return `(W_q, meta)`; see `quantize_tensor`.
 
@@ -145,6 +173,8 @@ class Quantizer:
             solver=solver,
             storage_dtype=compute_dtype or torch.float32,
             optimize_weights=replaced,
+            zero_mode=zero_mode,
+            importance=importance,
         )
         W_q, packing = q.W_q, q.spec.packing
         if not bitpack:

@@ -6,13 +6,13 @@ registry below names those that a configuration may ask for. "als", the default,
 
 from __future__ import annotations
 
-from hqq.core.solvers.als import solve_als
+from hqq.core.solvers.als import ZERO_MODES, solve_als
 from hqq.core.solvers.base import GroupSolver, Solution
 from hqq.core.solvers.half_quadratic import solve_half_quadratic
 from hqq.core.solvers.min_max import solve_min_max
 from hqq.errors import ConfigError
 
-__all__ = ["DEFAULT_SOLVER", "SOLVERS", "GroupSolver", "Solution", "get_solver"]
+__all__ = ["DEFAULT_SOLVER", "SOLVERS", "ZERO_MODES", "GroupSolver", "Solution", "get_solver"]
 
 SOLVERS: dict[str, GroupSolver] = {
     "als": solve_als,

@@ -133,7 +133,8 @@ class _Job:
         fit = free_fit(columns) if self.zero_mode == "float" else zero_fit(columns, middle, self.zero)
         s, b = search(columns, self.starts, fit)
         judge = Judge(layout, max_code, values, unit, weights, codes, scratch)
-        lattice = torch.stack((s * unit, zero_of(s, b, middle)))
+        zero = zero_of(s, b, middle) if self.zero is None else torch.full_like(s, self.zero)
+        lattice = torch.stack((s * unit, zero.round_() if self.zero_mode == "integer" else zero))
         best = store(judge, fallback, lattice, self.storage_dtype, self.zero_mode)
         self.lattice[:, block] = best[:, : block.stop - block.start]
         layout.untile(judge.codes, self._by_group(self.codes)[block])
