@@ -7,7 +7,8 @@ first dimension, so that one expert can be sliced out. In the wire format `shape
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -172,11 +173,9 @@ class HQQExperts(QuantizedModule):
 
     # State
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.is_initialized():
-            shape = torch.tensor(self.shape) if self.encoded_state_dict else self.shape
-            destination[f"{prefix}shape"] = shape
+    def stored_shape(self) -> tuple[int, ...]:
+        """Return [E, N, K]."""
+        return tuple(self.shape)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -257,3 +256,41 @@ def replace_parameter(owner: nn.Module, leaf: str, experts: HQQExperts) -> None:
     """Put `experts` in the place of the parameter called `leaf` of `owner`."""
     del owner._parameters[leaf]
     owner.add_module(leaf, experts)
+
+
+class ExpertWeight(nn.Module):
+    """A fused expert parameter, held as `weight` by a module of its own while layers are being replaced."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+@contextmanager
+def experts_as_modules(model: nn.Module, names: Container[str] | None = None) -> Iterator[None]:
+    """Within the context fused expert parameters of `model`, all or those among `names`, are each an `ExpertWeight`.
+
+    So each is found, named and replaced like any layer. At the end, those still there are parameters again.
+    """
+    _hold(model, names)
+    try:
+        yield
+    finally:
+        _release(model)
+
+
+def _hold(model: nn.Module, names: Container[str] | None) -> None:
+    for name, owner, leaf in list(expert_parameters(model)):
+        if names is not None and name not in names:
+            continue
+        weight = owner._parameters.pop(leaf)
+        assert weight is not None
+        owner.add_module(leaf, ExpertWeight(weight))
+
+
+def _release(model: nn.Module) -> None:
+    for owner in list(model.modules()):
+        for leaf, child in list(owner._modules.items()):
+            if isinstance(child, ExpertWeight):
+                del owner._modules[leaf]
+                owner.register_parameter(leaf, child.weight)

@@ -33,6 +33,7 @@ def layer_state(layer: QuantizedModule, encoded: bool) -> dict[str, Any]:
     """Return the layer's state: tensors only if `encoded`, else values of raw Python types."""
     q = layer.qtensor()
     state: dict[str, Any] = {"W_q": q.W_q, **meta_of(q, layer.compute_dtype)}
+    state["shape"] = torch.Size(layer.stored_shape())
     if layer.bias is not None:
         state["bias"] = layer.bias
     state["offload_meta"] = bool(layer.offload_meta)

@@ -148,6 +148,10 @@ class QuantizedModule(LayerStateMixin, nn.Module):
             )
         return QTensor(self.W_q, self._stat("scale"), self._stat("zero"), self._spec)
 
+    def stored_shape(self) -> tuple[int, ...]:
+        """Return the shape of the whole weight; raises NotQuantizedError if there is none."""
+        return self.qtensor().spec.shape
+
     def _stat(self, name: str) -> Any:
         quantized = self._quantized_stat(name)
         return getattr(self, name) if quantized is None else quantized.qtensor()

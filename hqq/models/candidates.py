@@ -9,13 +9,14 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
+from hqq.core.experts import ExpertWeight
 from hqq.core.quantized_module import QuantizedModule
 
 
 class Candidate(NamedTuple):
     """A module with a weight: what kind it is, and why it cannot be quantised (None if it can).
 
-    kind is "linear" or "embedding", or else the name of the class.
+    kind is "linear", "embedding" or "experts" (the fused matrices of all experts), or else the name of the class.
     """
 
     kind: str
@@ -28,6 +29,8 @@ def examine(module: nn.Module) -> Candidate | None:
         return Candidate(type(module).__name__, "already quantised")
     if isinstance(module, nn.Linear):
         return Candidate("linear", _obstacle(module, nn.Linear))
+    if isinstance(module, ExpertWeight):
+        return Candidate("experts", None)
     if isinstance(module, nn.Embedding):
         reason = "max_norm changes the table at every look-up" if module.max_norm is not None else None
         return Candidate("embedding", reason or _obstacle(module, nn.Embedding))

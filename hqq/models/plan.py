@@ -53,7 +53,7 @@ def make_plan(
 ) -> Plan:
     """Return what to quantise in `model`; raises ConfigError for configs that fit no layer, or none that can be."""
     members = _members(model, chooser)
-    choosable = [m for m in members if m.kind in ("linear", "embedding", "Conv1D")]
+    choosable = [m for m in members if m.kind in ("linear", "embedding", "experts", "Conv1D")]
     chooser.check_all_used([name for member in choosable for name in member.names])
     head = _output_head(model)
     plan = Plan()

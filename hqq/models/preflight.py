@@ -53,10 +53,9 @@ def _check_weight(weight: Tensor) -> None:
 
 
 def _check_config(weight: Tensor, config: QuantConfig, compute_dtype: torch.dtype) -> None:
-    group_size = (
-        config.group_size if config.group_size is not None else weight.shape[1 if config.axis == 1 else 0]
-    )
-    spec = QSpec(config.nbits, tuple(weight.shape), group_size, config.axis, FORMAT_OF_BITS[config.nbits])
+    matrix = tuple(weight.shape[-2:])  # of experts, each matrix is quantised by itself
+    group_size = config.group_size if config.group_size is not None else matrix[1 if config.axis == 1 else 0]
+    spec = QSpec(config.nbits, matrix, group_size, config.axis, FORMAT_OF_BITS[config.nbits])
     fmt = spec.format
     if (
         config.view_as_float

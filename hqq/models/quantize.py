@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hqq.core.config import QuantConfig
 from hqq.core.embedding import HQQEmbedding
+from hqq.core.experts import ExpertWeight, HQQExperts, experts_as_modules
 from hqq.core.linear import HQQLinear
 from hqq.core.modules import linear_tag, name_modules, named_sites, replace_module
 from hqq.core.quantized_module import QuantizedModule
@@ -40,7 +41,7 @@ def quantize_model(
     progress: bool = True,
     errors: bool = False,
 ) -> QuantizationReport:
-    """Quantise the linear layers of `model` in place and return what was done.
+    """Quantise the linear layers and fused experts of `model` in place and return what was done.
 
     Args:
         model: any nn.Module that contains nn.Linear layers.
@@ -64,12 +65,13 @@ def quantize_model(
     start = time.perf_counter()
     _refuse(model)
     weights = sum(p.numel() for p in model.parameters())
-    plan = make_plan(model, ConfigChooser(config), skip, embeddings, lm_head)
-    if not plan.jobs:
-        raise ConfigError(f"got a {type(model).__name__} with no layer to quantise: {_reasons(plan)}")
-    check_jobs(plan.jobs, compute_dtype)
-    placement = plan_placement(model, device)
-    rows = _quantize_jobs(model, plan, placement, compute_dtype, progress, errors)
+    with experts_as_modules(model):
+        plan = make_plan(model, ConfigChooser(config), skip, embeddings, lm_head)
+        if not plan.jobs:
+            raise ConfigError(f"got a {type(model).__name__} with no layer to quantise: {_reasons(plan)}")
+        check_jobs(plan.jobs, compute_dtype)
+        placement = plan_placement(model, device)
+        rows = _quantize_jobs(model, plan, placement, compute_dtype, progress, errors)
     settle_tensors(model, placement, compute_dtype)
     finish_model(model)
     follow_inputs(model, placement)
@@ -168,6 +170,8 @@ def _quantized(
 ) -> QuantizedModule:
     if isinstance(module, nn.Embedding):
         return HQQEmbedding.from_embedding(module, config.to_dict(), compute_dtype=dtype, device=device)
+    if isinstance(module, ExpertWeight):
+        return HQQExperts.from_weights(module.weight, config.to_dict(), compute_dtype=dtype, device=device)
     return HQQLinear(module, config.to_dict(), compute_dtype=dtype, device=device)
 
 
@@ -185,7 +189,7 @@ def layer_row(
     q = layer.qtensor()
     size = q.nbytes + (layer.bias.nbytes if layer.bias is not None else 0)
     return LayerRow(
-        name, kind, q.spec.shape, q.spec.nbits, q.spec.group_size, q.spec.axis, size, error, seconds
+        name, kind, layer.stored_shape(), q.spec.nbits, q.spec.group_size, q.spec.axis, size, error, seconds
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.core_model_loading import WeightConverter
 
+from hqq.core.experts import HQQExperts
 from hqq.core.quantized_module import QuantizedModule
 from hqq.integrations.transformers.operations import LayerConverter
 
@@ -15,8 +16,12 @@ def keep_reversible(model: nn.Module) -> None:
     """Drop the conversions of `model` that would take quantised tensors apart as if they were weights.
 
     Saving reverses the conversions that loading applied: it would split fused experts into single matrices, and undo
-    our own. Renamings stay, and conversions of weights that are not quantised.
+    our own. Renamings stay, and conversions of weights that are not quantised, so that other versions find the names
+    they know; but no other version knows fused experts as codes, and a model that has them keeps its own names.
     """
+    if any(isinstance(module, HQQExperts) for module in model.modules()):
+        model._weight_conversions = []  # type: ignore[assignment]
+        return
     conversions: Any = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = _default_conversions(model)

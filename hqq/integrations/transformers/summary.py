@@ -78,7 +78,7 @@ def report(model: nn.Module, left: Mapping[str, str]) -> Summary:
     if share > _LEFT_OUT:
         largest = sorted(unasked, key=lambda name: -unasked[name])[:3]
         reasons = "; ".join(
-            f"{name}: {left.get(name, 'not a kind of weight that hqq knows')}" for name in largest
+            f"{name}: {left.get(name, 'no linear layer, or full in the checkpoint')}" for name in largest
         )
         _logger.warning("%s. %.0f%% of the weights stay unquantised, as in %s", summary, 100 * share, reasons)
     else:

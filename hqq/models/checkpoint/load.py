@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hqq.core.embedding import HQQEmbedding
+from hqq.core.experts import ExpertWeight, HQQExperts, experts_as_modules
 from hqq.core.linear import HQQLinear
 from hqq.core.modules import named_sites, replace_module
 from hqq.core.quantized_module import QuantizedModule
@@ -95,25 +96,26 @@ def fill_model(
     model: nn.Module, source: FileSource, device: DeviceMap, compute_dtype: torch.dtype | None
 ) -> None:
     """Put the layers and tensors of `source` into `model`; see `load_quantized`."""
-    placement = plan_placement(model, device)
-    targets = _layer_targets(model, source)
-    slots = find_slots(model, targets.values())
-    own_bias = {f"{name}.bias" for name in targets if name in source.shared}
-    shapes = {
-        name: shape
-        for name, shape in source.shapes.items()
-        if _is_plain(name, source) and name not in own_bias
-    }
-    filled = match_slots(model, slots, shapes, source.shared)
-    loaded = _Loaded()
-    _read_layers(loaded, model, source, targets, placement, compute_dtype)
-    for name, slot in filled.items():
-        loaded.tensors.append((slot, _read_tensor(name, slot, source, placement, compute_dtype)))
-    _check_complete(model, loaded, targets)
-    for names, layer in loaded.layers:
-        replace_module(model, names, layer)
-    for slot, tensor in loaded.tensors:
-        _assign(slot, tensor)
+    with experts_as_modules(model, source.layers):
+        placement = plan_placement(model, device)
+        targets = _layer_targets(model, source)
+        slots = find_slots(model, targets.values())
+        own_bias = {f"{name}.bias" for name in targets if name in source.shared}
+        shapes = {
+            name: shape
+            for name, shape in source.shapes.items()
+            if _is_plain(name, source) and name not in own_bias
+        }
+        filled = match_slots(model, slots, shapes, source.shared)
+        loaded = _Loaded()
+        _read_layers(loaded, model, source, targets, placement, compute_dtype)
+        for name, slot in filled.items():
+            loaded.tensors.append((slot, _read_tensor(name, slot, source, placement, compute_dtype)))
+        _check_complete(model, loaded, targets)
+        for names, layer in loaded.layers:
+            replace_module(model, names, layer)
+        for slot, tensor in loaded.tensors:
+            _assign(slot, tensor)
     settle_tensors(model, placement, compute_dtype)
     follow_inputs(model, placement)
     finish_model(model)
@@ -130,11 +132,12 @@ def _layer_targets(model: nn.Module, source: FileSource) -> dict[str, nn.Module]
     aliases = [alias for alias, name in source.shared.items() if name in source.layers]
     for name in [*sorted(source.layers), *aliases]:
         module = by_name.get(name)
-        if not isinstance(module, (nn.Linear, nn.Embedding, QuantizedModule)) or not name:
+        if not isinstance(module, (nn.Linear, nn.Embedding, ExpertWeight, QuantizedModule)) or not name:
             found = f"a {type(module).__name__}" if module is not None else "nothing"
             raise MissingKeysError(
                 f"got a quantised layer {name!r} in the checkpoint, but the model has {found} there; "
-                "expected nn.Linear or nn.Embedding. Nothing was loaded; use the checkpoint's own architecture"
+                "expected nn.Linear, nn.Embedding or fused experts. Nothing was loaded; "
+                "use the checkpoint's own architecture"
             )
         if module not in targets.values():
             targets[name] = module
@@ -170,10 +173,12 @@ def _read_layer(
         layer: QuantizedModule = HQQEmbedding(
             padding_idx=module.padding_idx, compute_dtype=dtype, device=target
         )
+    elif isinstance(module, (ExpertWeight, HQQExperts)):
+        layer = HQQExperts(compute_dtype=dtype, device=target)
     else:
         layer = HQQLinear(None, None, compute_dtype=dtype, device=target)
     layer.load_state_dict(state, strict=False)
-    expected, got = _shape_of(module), tuple(layer.qtensor().spec.shape)
+    expected, got = _shape_of(module), tuple(layer.stored_shape())
     if expected is not None and got != expected:
         raise ShapeError(f"got a quantised weight of shape {got}; the model's layer has {expected}")
     if (layer.bias is None) != (getattr(module, "bias", None) is None):
@@ -185,6 +190,8 @@ def _read_layer(
 def _shape_of(module: nn.Module) -> tuple[int, ...] | None:
     if isinstance(module, (HQQLinear, HQQEmbedding)):
         return module._declared_shape
+    if isinstance(module, HQQExperts):
+        return tuple(module.shape)
     weight = module.weight
     return tuple(weight.shape) if isinstance(weight, Tensor) else None
 

@@ -384,6 +384,48 @@ class TestCache:
         )
 
 
+class TestPeft:
+    """PEFT LoRA train, merge, save"""
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_train_save_load_merge(self, dtype: torch.dtype, folders: Any, tmp_path: Path) -> None:
+        peft = pytest.importorskip("peft")
+        base = open_model(folders("llama"), dtype, quantization_config=config(8))
+        codes = {name: layer.W_q.clone() for name, layer in quantized(base).items()}
+        given = inputs(base)
+        model = peft.get_peft_model(
+            base, peft.LoraConfig(target_modules=["q_proj", "down_proj"], lora_alpha=32)
+        )
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        losses = []
+        for _ in range(12):
+            loss = model(**given, labels=given["input_ids"]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+        assert losses[-1] < losses[0]
+        assert all(torch.equal(layer.W_q, codes[n.replace("base_model.model.", "").replace(".base_layer", "")])
+                   for n, layer in quantized(model).items())  # fmt: skip
+        model.eval()
+        expected = logits(model, given)
+        model.save_pretrained(tmp_path)
+        again = open_model(folders("llama"), dtype, quantization_config=config(8))
+        assert torch.equal(logits(peft.PeftModel.from_pretrained(again, tmp_path), given), expected)
+        name = "layers.0.self_attn.q_proj"
+        wrapped = next(m for n, m in model.named_modules() if n.endswith(name))
+        W = wrapped.base_layer.dequantize().float() + wrapped.get_delta_weight("default").detach().float()
+        merged = model.merge_and_unload()
+        assert len(quantized(merged)) == len(codes)
+        found = next(layer for n, layer in quantized(merged).items() if n.endswith(name))
+        # The sum is quantised anew: off by at most one step of the widest group, and the roundings of the dtype.
+        step = (
+            float(W.reshape(-1, 32).aminmax(dim=1).max.sub(W.reshape(-1, 32).aminmax(dim=1).min).max()) / 255
+        )
+        slack = 4 * torch.finfo(dtype).eps * float(W.abs().max())
+        assert float((found.dequantize().float() - W).abs().max()) <= step + slack
+
+
 class TestExperts:
     """mixtures of experts"""
 
@@ -435,6 +477,32 @@ class TestExperts:
         given = inputs(model)
         model.save_pretrained(tmp_path)
         assert torch.equal(logits(open_model(tmp_path), given), logits(model, given))
+
+    @pytest.mark.parametrize("name", MIXTURES)
+    @pytest.mark.parametrize("kind", ["safetensors", "pt"])
+    def test_quantised_by_the_library(self, name: str, kind: str, folders: Any, tmp_path: Path) -> None:
+        from hqq.models.checkpoint import load_quantized, save_quantized
+        from hqq.models.quantize import quantize_model
+
+        model = open_model(folders(name))
+        weights = sum(p.numel() for p in model.parameters())
+        skipped = ["*.layers.1.*.experts.down_proj", "*.layers.1.*.experts.*.down_proj"]
+        report = quantize_model(
+            model, BaseQuantizeConfig(nbits=3, group_size=32), skip=("lm_head", *skipped), progress=False
+        )
+        assert report.weights == weights
+        assert {row.name for row in report.layers} == {*quantized(model), *experts(model)}
+        given = inputs(model)
+        expected = logits(model, given)
+        save_quantized(model, tmp_path / "library", format=kind)
+        assert torch.equal(logits(load_quantized(tmp_path / "library"), given), expected)
+        model.save_pretrained(tmp_path / "transformers")
+        if REPAIRED:
+            assert torch.equal(logits(open_model(tmp_path / "transformers"), given), expected)
+            assert torch.equal(logits(load_quantized(tmp_path / "transformers"), given), expected)
+        if REPAIRED and kind == "safetensors":
+            assert torch.equal(logits(open_model(tmp_path / "library"), given), expected)
+        assert torch.equal(expected, logits(make_dense(model), given))
 
     @pytest.mark.skipif(not REPAIRED, reason="transformers 4.56 is as it was")
     def test_much_left_out_is_said(self, folders: Any, caplog: pytest.LogCaptureFixture) -> None:
