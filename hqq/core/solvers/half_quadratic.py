@@ -66,13 +66,15 @@ def refine_zero(
     """
     zero = start.zero
     best = torch.inf
+    blocks = list(_blocks(W, dim))
+    scratch = W.new_empty(4, max(W[block].numel() for block in blocks))
     for _ in range(iterations):
         updated = torch.empty_like(zero)
         total = 0.0
-        for block in _blocks(W, dim):
+        for block in blocks:
             W_block = W[block]
             updated[block], error = _step(
-                W_block, start.inverse_scale[block], zero[block], dim, max_code, lp_norm, beta
+                W_block, start.inverse_scale[block], zero[block], dim, max_code, lp_norm, beta, scratch
             )
             total += error * W_block.numel()
         zero = updated
@@ -98,18 +100,29 @@ def _blocks(W: Tensor, dim: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _step(
-    W: Tensor, inverse_scale: Tensor, zero: Tensor, dim: int, max_code: int, lp_norm: float, beta: float
+    W: Tensor,
+    inverse_scale: Tensor,
+    zero: Tensor,
+    dim: int,
+    max_code: int,
+    lp_norm: float,
+    beta: float,
+    scratch: Tensor,
 ) -> tuple[Tensor, float]:
-    """Run one iteration on a block; return its new zeros and the mean of |W - W_r|."""
-    scaled = W * inverse_scale
-    codes = (scaled + zero).round_().clamp_(0, max_code)
-    residual = (codes - zero).div_(inverse_scale)
+    """Run one iteration on a block; return its new zeros and the mean of |W - W_r|.
+
+    scratch: four rows of at least W's elements. Fresh tensors of this size would each be pages that the system maps
+    and clears anew, which takes longer than the arithmetic.
+    """
+    scaled, codes, residual, magnitude = (row[: W.numel()].view(W.shape) for row in scratch)
+    torch.mul(W, inverse_scale, out=scaled)
+    torch.add(scaled, zero, out=codes).round_().clamp_(0, max_code)
+    torch.sub(codes, zero, out=residual).div_(inverse_scale)
     torch.sub(W, residual, out=residual)
-    magnitude = residual.abs()
+    torch.abs(residual, out=magnitude)
     error = float(magnitude.mean())
     if lp_norm >= 2 or bool(magnitude.max() > _MARGIN * beta ** (-1.0 / (2.0 - lp_norm))):
-        kept = (
-            magnitude.sub_(magnitude.pow(lp_norm - 1).mul_(1.0 / beta)).clamp_min_(0.0).mul_(residual.sign_())
-        )
-        scaled = (W - kept).mul_(inverse_scale)
+        power = torch.pow(magnitude, lp_norm - 1, out=scaled).mul_(1.0 / beta)
+        kept = magnitude.sub_(power).clamp_min_(0.0).mul_(residual.sign_())
+        torch.sub(W, kept, out=scaled).mul_(inverse_scale)
     return codes.sub_(scaled).mean(dim, keepdim=True), error
