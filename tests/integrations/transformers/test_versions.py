@@ -387,6 +387,8 @@ class TestCache:
 class TestPeft:
     """PEFT LoRA train, merge, save"""
 
+    # PEFT asks transformers for a name that is being retired.
+    @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_train_save_load_merge(self, dtype: torch.dtype, folders: Any, tmp_path: Path) -> None:
         peft = pytest.importorskip("peft")
@@ -403,7 +405,7 @@ class TestPeft:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         assert losses[-1] < losses[0]
         assert all(torch.equal(layer.W_q, codes[n.replace("base_model.model.", "").replace(".base_layer", "")])
                    for n, layer in quantized(model).items())  # fmt: skip
@@ -605,6 +607,33 @@ class TestInstall:
     def test_what_this_version_needs(self) -> None:
         expected = "nothing" if not REPAIRED else "loader" if FUSED else "dtype"
         assert support().need == expected
+
+    def run(self, code: str) -> str:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        return done.stdout.strip() + done.stderr.strip()
+
+    @pytest.mark.skipif(not FUSED, reason="what a later transformers might look like")
+    def test_steps_aside_where_transformers_does_it_itself(self) -> None:
+        found = self.run(
+            "from transformers.quantizers.quantizer_hqq import HqqHfQuantizer\n"
+            "own = HqqHfQuantizer.get_quantize_ops = lambda self: None\n"
+            "before = dict(vars(HqqHfQuantizer))\n"
+            "from hqq.integrations.transformers import install\n"
+            "print(install().need, all(vars(HqqHfQuantizer)[k] is v for k, v in before.items()))"
+        )
+        assert found == "nothing True"
+
+    @pytest.mark.skipif(not FUSED, reason="what a later transformers might look like")
+    def test_says_so_where_there_is_no_way(self) -> None:
+        found = self.run(
+            "import transformers.core_model_loading\n"
+            "del transformers.core_model_loading.WeightTransform.rename_source_key\n"
+            "from transformers import AutoModelForCausalLM\n"
+            f"AutoModelForCausalLM.from_pretrained({str(GOLDEN / 'hf_safetensors')!r})"
+        )
+        last = found.splitlines()[-1]
+        assert last.startswith(f"hqq.errors.BackendError: transformers {transformers.__version__} ")
+        assert "install transformers" in last
 
     def test_importing_hqq_leaves_transformers_alone(self) -> None:
         code = (
