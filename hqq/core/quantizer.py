@@ -15,6 +15,7 @@ from hqq.core.dtypes import check_compute_dtype
 from hqq.core.meta import spec_from_meta, stat_from_meta
 from hqq.core.qtensor import QSpec, QTensor
 from hqq.core.solvers import DEFAULT_SOLVER, Solution, get_solver
+from hqq.core.solvers.fused import solve_fused
 from hqq.core.solvers.legacy import optimize_weights_proximal, solve_with
 from hqq.core.solvers.min_max import solve_min_max
 from hqq.core.wire import NESTED_KEYS
@@ -62,13 +63,17 @@ def quantize_tensor(
     spec = QSpec(
         nbits, tuple(tensor.shape), group_size, axis, FORMAT_OF_BITS[nbits], channel_wise=channel_wise
     )
+    solver = solver or DEFAULT_SOLVER
+    usual = zero_mode is None or (zero_mode == "float" and solver == "als")
+    if optimize and channel_wise and optimize_weights is None and importance is None and usual:
+        q = solve_fused(tensor, spec, solver, storage_dtype=storage_dtype, round_zero=round_zero)
+        if q is not None:
+            return q
     W = spec.grouping.group(tensor.detach().float())
     dim = axis if channel_wise else None
     options: dict[str, Any] = {"round_zero": round_zero, "storage_dtype": storage_dtype}
     if zero_mode is not None or importance is not None:
-        chosen = (
-            (solver or DEFAULT_SOLVER) if optimize and optimize_weights is None and channel_wise else None
-        )
+        chosen = solver if optimize and optimize_weights is None and channel_wise else None
         if chosen != "als":
             raise ConfigError(
                 "got zero_mode or importance without the solver that knows them; "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 _EXPORTS = {
     "dequantize": "hqq.kernels.dequant",
     "dequantize_qtensor": "hqq.kernels.dequant",
+    "solve_and_pack": "hqq.kernels.solve",
     "unavailable_reason": "hqq.kernels.availability",
 }
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from hqq.kernels.availability import unavailable_reason as unavailable_reason
     from hqq.kernels.dequant import dequantize as dequantize
     from hqq.kernels.dequant import dequantize_qtensor as dequantize_qtensor
+    from hqq.kernels.solve import solve_and_pack as solve_and_pack
 
 
 def __getattr__(name: str) -> Any:
