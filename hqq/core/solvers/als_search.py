@@ -3,7 +3,7 @@
 A lattice is a pair (s, b): code q stands for s * q + b. One pass rounds a group to its lattice and takes three sums
 (of q, q*q and q*v); least squares on those gives the best lattice for these codes, from which the next pass starts.
 Rounding and fitting each lower the error, so their alternation ends in a local minimum; the search starts from a grid
-of scales and offsets, keeps the best start of each offset for two more fits, and the best of those for eight more.
+of scales and offsets, keeps the best start of each offset for two more fits, and the best of those for six more.
 
 Steps go beyond the fitted lattice by half of what it moved: plain alternation converges slowly, the more so the
 longer the groups. Every lattice is judged by the error of its own fit, so going too far costs nothing but the pass.
@@ -23,7 +23,7 @@ from hqq.core.solvers.columns import Layout
 SCALES = 6
 OFFSETS = (-0.375, -0.125, 0.125, 0.375)  # of a step, about the middle of the range
 FITS_PER_OFFSET = 2
-FITS_OF_BEST = 8
+FITS_OF_BEST = 6
 OVERSHOOT = 1.5  # 1 goes to the fitted lattice, 2 twice as far
 
 # Scales to start from, as fractions of the min-max step, by largest code: least and greatest for groups of 64 and for
@@ -109,7 +109,7 @@ class Columns:
         b: Tensor | float = start.b
         if start.reach:
             b = self.layout.spread(self.mean.clamp(-start.reach, start.reach).add_(b))
-        offset = b * (-1 / start.s) if isinstance(b, Tensor) else torch.tensor(-b / start.s)
+        offset = b * (-1 / start.s) if isinstance(b, Tensor) else torch.tensor(-b / start.s, device="cpu")
         torch.add(offset, self.values, alpha=1 / start.s, out=self.codes).round_().clamp_(0, self.max_code)
 
     def round_to(self, s: Tensor, b: Tensor) -> None:

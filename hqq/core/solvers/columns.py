@@ -97,14 +97,23 @@ def plan(groups: int, length: int, device: torch.device) -> Layout:
         rows = next((m for m in range(_LONGEST_COLUMN, 31, -1) if length % m == 0), _LONGEST_COLUMN // 2)
     split = -(-length // rows)
     tile = _CPU_TILE if device.type == "cpu" else _DEVICE_TILE
-    width = max(tile // rows // _COLUMN_STEP * _COLUMN_STEP // split, 1)
-    return Layout(groups, length, rows, split, min(width, groups))
+    most = max(tile // rows // _COLUMN_STEP * _COLUMN_STEP // split, 1)
+    tiles = -(-groups // most)
+    if tiles > 1:
+        # Equal shares for all threads: a tile costs what it holds and what it could hold.
+        workers = _workers(device)
+        tiles = -(-tiles // workers) * workers
+    return Layout(groups, length, rows, split, -(-groups // tiles))
+
+
+def _workers(device: torch.device) -> int:
+    return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def for_each_block(layout: Layout, work: Callable[[Sequence[slice]], None], device: torch.device) -> None:
     """Give `work` all blocks of `layout`, on the CPU shared out over as many threads as torch would use."""
     blocks = list(layout.blocks())
-    workers = min(torch.get_num_threads(), len(blocks)) if device.type == "cpu" else 1
+    workers = min(_workers(device), len(blocks))
     if workers == 1:
         work(blocks)
         return
