@@ -20,12 +20,13 @@ from hqq.errors import ConfigError
 from hqq.models.candidates import avoid_fused_paths
 from hqq.models.layer_choice import ConfigChooser, ModelConfig
 from hqq.models.placement import DeviceMap, Placement, follow_inputs, plan_placement, settle_tensors
-from hqq.models.plan import Job, Plan, make_plan
+from hqq.models.plan import Job, Member, Plan, make_plan
 from hqq.models.preflight import ErrorsName, check_jobs, resolved_solver
 from hqq.models.progress import progress_bar
 from hqq.models.quantization_config import attach_config, describe_model
 from hqq.models.report import LayerRow, QuantizationReport, stored_bytes
 from hqq.models.sharing import sharing_layer
+from hqq.models.streaming import WeightStream, on_device
 
 
 @torch.no_grad()
@@ -133,13 +134,26 @@ def _quantize_jobs(
     # Taken off one by one: a job that stayed in the list would keep its weight alive.
     jobs = deque(plan.jobs)
     plan.jobs.clear()
-    with progress_bar(len(jobs), "Quantising", progress) as bar:
+    with progress_bar(len(jobs), "Quantising", progress) as bar, WeightStream() as stream:
         while jobs:
             job = jobs.popleft()
-            with ErrorsName(job.name):
+            with ErrorsName(job.name), on_device(stream, _weight(job)):
+                if jobs:
+                    stream.prepare(_weight(jobs[0]), placement.device_of(jobs[0].name))
                 rows += _quantize_job(model, job, placement.device_of(job.name), compute_dtype, errors)
             bar.update()
     return rows
+
+
+def _main(job: Job) -> Member:
+    """Return the user of the job's weight that it is quantised for; the others share."""
+    return next((m for m in job.members if m.kind == "linear"), job.members[0])
+
+
+def _weight(job: Job) -> Tensor:
+    weight = _main(job).module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _quantize_job(
@@ -147,9 +161,7 @@ def _quantize_job(
 ) -> list[LayerRow]:
     """Quantise one weight and replace every module that uses it."""
     start = time.perf_counter()
-    main = next((m for m in job.members if m.kind == "linear"), job.members[0])
-    weight = main.module.weight
-    assert isinstance(weight, Tensor)
+    main, weight = _main(job), _weight(job)
     dtype, target = compute_dtype or weight.dtype, device or weight.device
     kept = weight.detach() if errors else None
     del weight
