@@ -67,6 +67,8 @@ def library_versions(
 def machine() -> dict[str, Any]:
     """Return what the measurement ran on: CPU model and cores, and the GPU with its driver where there is one."""
     described: dict[str, Any] = {"system": platform.system(), "cpu": _cpu_name(), "cores": os.cpu_count()}
+    if hasattr(os, "getloadavg"):
+        described["load_average"] = round(os.getloadavg()[0], 1)  # above `cores`, something else ran as well
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         described |= {
