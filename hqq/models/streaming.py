@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,15 +20,21 @@ _STAGES = 3
 @contextmanager
 def on_device(stream: WeightStream, weight: Tensor) -> Iterator[None]:
     """Put the prepared copy in the place of `weight`'s data; back in case of an error, so that nothing has changed."""
+    # Nothing here may keep the weight alive: it is to go as soon as its codes exist.
     copy = stream.take(weight)
     if copy is weight:
+        del weight, copy
         yield
         return
     original, weight.data = weight.data, copy
+    held = weakref.ref(weight)
+    del weight, copy
     try:
         yield
     except BaseException:
-        weight.data = original
+        left = held()
+        if left is not None:
+            left.data = original
         raise
 
 
