@@ -46,7 +46,7 @@ def load_tile(
     else:
         # Neighbouring threads take neighbouring columns. That origin is 0 the compiler does not know: else it would
         # give several columns to one thread, and deal the rows of one group out to several.
-        place = tl.max_contiguous(k * groups + group[:, None] + origin, [group.shape[0], 1])
+        place = tl.max_contiguous(k.to(group.dtype) * groups + group[:, None] + origin, [group.shape[0], 1])
     return tl.load(W + place).to(tl.float32)
 
 
