@@ -60,7 +60,9 @@ class QuantizedModule(LayerStateMixin, nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             return  # the weight is the codes; callers that attach a dummy weight lose nothing
-        if name in _TENSORS and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        is_plain = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+        # Whoever deletes the parameter first (FSDP, which keeps its own and lends views of it) gets a plain attribute.
+        if name in _TENSORS and name in self._parameters and is_plain:
             value = nn.Parameter(value.detach(), requires_grad=False)
         super().__setattr__(name, value)
 
@@ -112,10 +114,15 @@ class QuantizedModule(LayerStateMixin, nn.Module):
         known = {*meta_of(q, self._compute_dtype), "zero_scale", "channel_wise", "optimize", "round_zero"}
         self._extra_meta = {key: value for key, value in meta.items() if key not in known}
 
+    @meta.deleter
+    def meta(self) -> None:
+        self._clear_meta()
+
     def _meta_dict(self) -> dict[str, Any]:
         if self._spec is None:
             return {}
-        W_q = self.W_q if self.W_q is not None else torch.empty(0)
+        W_q = getattr(self, "W_q", None)  # callers that free a layer delete it
+        W_q = W_q if W_q is not None else torch.empty(0)
         meta = meta_of(QTensor(W_q, self._stat("scale"), self._stat("zero"), self._spec), self._compute_dtype)
         meta.update(self._extra_meta)
         return {
@@ -137,7 +144,7 @@ class QuantizedModule(LayerStateMixin, nn.Module):
 
     def is_initialized(self) -> bool:
         """Whether the layer holds a quantised weight."""
-        return self.W_q is not None and self._spec is not None
+        return getattr(self, "W_q", None) is not None and self._spec is not None
 
     def qtensor(self) -> QTensor:
         """Return the quantised weight; raises NotQuantizedError if there is none."""
