@@ -14,6 +14,7 @@ from hqq.errors import ConfigError
 from hqq.models.candidates import examine
 from hqq.models.layer_choice import Choice, ConfigChooser
 from hqq.models.report import LeftRow
+from hqq.models.weight_readers import weight_readers
 
 
 @dataclass
@@ -73,11 +74,14 @@ def make_plan(
 
 def _members(model: nn.Module, chooser: ConfigChooser) -> list[Member]:
     members = []
+    readers = weight_readers(model)
     for module, names in named_sites(model).items():
         candidate = examine(module)
         if candidate is None:
             continue
         kind, reason = candidate
+        if reason is None and module in readers:
+            reason = f"{readers[module]} reads this layer's weight directly"
         choice = chooser.choose(names)
         if (
             reason is not None
