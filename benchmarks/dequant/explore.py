@@ -1,14 +1,19 @@
-"""Which tile sizes and variants of the dequantisation kernel are fastest: the measurement behind the shipped choice.
+"""Which configurations of the dequantisation kernel are fastest: the measurement behind the shipped choice.
 
-Run: python -m benchmarks.dequant.explore --out FOLDER [--bits 8,4,3,2,1] [--axes 1,0] [--seconds 400]
-Writes FOLDER/dequant_explore.json and prints, for each case, the fastest variants and the shipped one.
+Run: python -m benchmarks.dequant.explore --out FOLDER [--bits 8,4,3,2,1] [--axes 1,0] [--shapes 8192x28672,4096x4096]
+Writes FOLDER/dequant_explore.json and prints, for each case, the fastest configurations and the shipped one. Names are
+block/warps/steps and, after a letter each, stripe, burst@distance, streaming and overlap (see `Config`).
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,101 +24,110 @@ from benchmarks.dequant.tensors import moved_bytes, random_qtensor
 from benchmarks.dequant.timing import bandwidth, buffer_sets, microseconds
 from benchmarks.harness import record, table, write_json
 from hqq.core.qtensor import QTensor
-from hqq.kernels.dequant_config import Config, default_config, full_width
+from hqq.kernels.dequant_config import Config, default_config
 from hqq.kernels.dequant_launch import launch, matrix_view
 from hqq.kernels.dequant_plan import inline_stat
 
-_SHAPES = ((8192, 28672), (4096, 4096))
+Shape = tuple[int, int]
 _DTYPE = torch.bfloat16
+_LARGE_RESULT = 1 << 26  # elements
+_SHOWN = 4
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Tile sizes, and what is otherwise fixed in the kernel."""
-
-    config: Config
-    asm: bool = True
-    load_policy: str = ""
-    store_hint: str = ""
-
-    @property
-    def name(self) -> str:
-        """Short name: block/warps/steps and what differs from the shipped kernel."""
-        extras = ["" if self.asm else "cast", self.load_policy, self.store_hint]
-        return "/".join(map(str, self.config)) + "".join(f" {extra}" for extra in extras if extra)
+def name_of(config: Config) -> str:
+    """Return the short name of `config`, without what is off."""
+    name = f"{config.block}/{config.warps}/{config.steps}"
+    name += f" s{config.stripe}" if config.stripe else ""
+    name += f" p{config.burst}@{config.distance}" if config.burst else ""
+    return name + (" cs" if config.streaming else "") + f" o{config.overlap}"
 
 
-def variants(axis: int) -> list[Variant]:
-    """Return what is tried: the tile sizes first, then one change at a time to the shipped ones."""
-    width = full_width(_DTYPE.itemsize, 1)
-    steps = (1, 2, 4, 8, 16) if axis == 0 else (1, 2, 4)
-    tried = [Variant(Config(width * w, w, s)) for w in (2, 4, 8) for s in steps]
-    base = Config(width * 4, 4, 4 if axis == 0 else 1)
-    tried += [
-        Variant(Config(width * 16, 16, 1)),
-        Variant(Config(width * 8, 4, 1)),  # 16 bytes of codes per load, results exchanged between threads
-        Variant(base, asm=False),
-        Variant(base, load_policy="evict_first"),
-        Variant(base, store_hint=".cs"),
-        Variant(base, load_policy="evict_first", store_hint=".cs"),
-        Variant(base, store_hint=".wt"),
-    ]
-    return tried
+def configurations(shape: Shape, axis: int) -> list[Config]:
+    """Return what is tried for one shape and axis."""
+    large = shape[0] * shape[1] >= _LARGE_RESULT
+    found = _small(axis) if not large else _rows() if axis == 1 else _columns()
+    return list(dict.fromkeys(found))
 
 
-def time_variant(variant: Variant, inputs: list[QTensor]) -> float:
-    """Return microseconds per call of `variant`."""
-
-    def run(q: QTensor) -> Tensor:
-        return launch(
-            q.W_q,
-            inline_stat(q.scale, _DTYPE),
-            inline_stat(q.zero, _DTYPE),
-            q.spec,
-            _DTYPE,
-            _DTYPE,
-            variant.config,
-            asm=variant.asm,
-            load_policy=variant.load_policy,
-            store_hint=variant.store_hint,
-        )
-
-    assert torch.equal(run(inputs[0]), inputs[0].dequantize()), variant.name
-    return microseconds(run, inputs)
+def _small(axis: int) -> Iterator[Config]:
+    tiles = ((512, 2), (1024, 4), (2048, 4), (2048, 8), (1024, 2))
+    for (block, warps), steps in product(tiles, (1, 2) if axis == 1 else (1, 2, 4)):
+        for overlap in (1, 2) if axis == 1 or block == 1024 else (1,):
+            yield Config(block, warps, steps, overlap=overlap)
+    for block, warps in tiles:
+        yield Config(block, warps, 1 if axis == 1 else 4, overlap=0)
+    yield Config(2048, 4, 1, streaming=1)
 
 
-def explore(shape: tuple[int, int], nbits: int, axis: int, peak: float) -> dict[str, Any]:
-    """Return the times of every variant for one case, fastest first."""
+def _rows() -> Iterator[Config]:
+    for burst, distance in product((4, 8, 16), (1024, 2048, 3072)):
+        yield Config(1024, 4, 1, 0, burst, distance, 1)
+    for block, warps, steps in ((2048, 4, 1), (2048, 8, 1), (1024, 4, 2)):
+        for burst, distance in ((0, 0), (8, 1024), (16, 1024)):
+            yield Config(block, warps, steps, 0, burst, distance, 1)
+    for streaming, overlap in ((1, 1), (1, 0), (0, 1)):
+        yield Config(1024, 4, 1, streaming=streaming, overlap=overlap)
+
+
+def _columns() -> Iterator[Config]:
+    for stripe, steps, (burst, distance) in product((896, 1792, 3584), (1, 2, 4), ((0, 0), (16, 2048))):
+        yield Config(1024, 4, steps, stripe, burst, distance if steps == 1 else 1024, 1)
+    for burst, distance in product((4, 8, 16), (1024, 2048, 3072)):
+        yield Config(1024, 4, 1, 1792, burst, distance, 1)
+    yield Config(1024, 4, 1, 1792, streaming=1, overlap=0)
+    yield Config(2048, 8, 1, 896, 16, 1024, 1)
+    yield Config(1024, 4, 4)
+
+
+def run_one(q: QTensor, config: Config) -> Tensor:
+    """Return `q` dequantised with `config`."""
+    scale, zero = inline_stat(q.scale, _DTYPE), inline_stat(q.zero, _DTYPE)
+    return launch(q.W_q, scale, zero, q.spec, _DTYPE, _DTYPE, config)
+
+
+def compile_all(shape: Shape, nbits: int, axis: int) -> None:
+    """Put every kernel of one case into Triton's cache on disk."""
+    q = random_qtensor(nbits, shape, 64, axis, _DTYPE)
+    for config in configurations(shape, axis):
+        run_one(q, config)
+    torch.cuda.synchronize()
+
+
+def explore(shape: Shape, nbits: int, axis: int, peak: float) -> dict[str, Any]:
+    """Return the times of every configuration for one case, fastest first."""
     first = random_qtensor(nbits, shape, 64, axis, _DTYPE)
     moved = moved_bytes(first, _DTYPE)
     inputs = [first, *(random_qtensor(nbits, shape, 64, axis, _DTYPE) for _ in range(buffer_sets(moved) - 1))]
-    times = {variant.name: round(time_variant(variant, inputs), 3) for variant in variants(axis)}
-    view = matrix_view(first.spec, Config(1 << 16, 1, 1))
-    shipped = Variant(default_config(view, _DTYPE.itemsize)).name
+    expected = first.dequantize()
+    fmt = first.spec.format
+    assert fmt is not None
+    shipped = default_config(matrix_view(first.spec, Config(1 << 16, 1, 1)), fmt.fields, _DTYPE.itemsize)
+    times = {}
+    for config in dict.fromkeys([shipped, *configurations(shape, axis)]):
+        assert torch.equal(run_one(first, config), expected), config
+        times[name_of(config)] = round(microseconds(partial(run_one, config=config), inputs, 7), 3)
     return {
         "shape": shape,
         "bits": nbits,
         "axis": axis,
         "floor_us": round(moved / peak * 1e6, 2),
-        "shipped": shipped,
+        "shipped": name_of(shipped),
         "us": dict(sorted(times.items(), key=lambda item: item[1])),
     }
 
 
 def row(case: dict[str, Any]) -> dict[str, object]:
-    """Return the line of the printed table for one case."""
+    """Return the line of the printed table for one case: times over the floor, or microseconds of short runs."""
     times, floor = case["us"], case["floor_us"]
-    best = list(times.items())[:4]
-    changed = [
-        f"{name} {us}" for name, us in times.items() if " " in name or name.startswith(("4096/", "2048/4"))
-    ]
+
+    def shown(name: str) -> str:
+        return f"{name} = {times[name] / floor:.3f}" + (f" ({times[name]:.2f} us)" if floor < 30 else "")
+
     return {
         "case": f"{case['shape'][0]} {case['bits']}b ax{case['axis']}",
         "floor": floor,
-        "best/floor": round(best[0][1] / floor, 3),
-        "shipped": times.get(case["shipped"]),
-        "best": ", ".join(f"{name} {us}" for name, us in best),
-        "changed": ", ".join(changed),
+        "best": "; ".join(shown(name) for name in list(times)[:_SHOWN]),
+        "shipped": shown(case["shipped"]),
     }
 
 
@@ -122,22 +136,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bits", default="4,1,8,3,2")
     parser.add_argument("--axes", default="1,0")
+    parser.add_argument("--shapes", default="8192x28672,4096x4096")
     parser.add_argument("--seconds", type=float, default=400, help="start no further case after this long")
+    parser.add_argument("--workers", type=int, default=14, help="processes that compile beforehand")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
+    bits, axes = (list(map(int, text.split(","))) for text in (arguments.bits, arguments.axes))
+    shapes = [(int(n), int(k)) for n, k in (text.split("x") for text in arguments.shapes.split(","))]
+    todo = [(shape, nbits, axis) for nbits in bits for axis in axes for shape in shapes]
+    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
+        # 3 and 1 bit take longest to compile.
+        list(pool.map(compile_all, *zip(*sorted(todo, key=lambda case: case[1] not in (3, 1)), strict=True)))
+    print(f"compiled, {deadline - time.monotonic():.0f} s left", flush=True)
     peak = bandwidth()
     print(f"bandwidth {peak / 1e12:.3f} TB/s", flush=True)
     cases: list[dict[str, Any]] = []
-    for nbits in map(int, arguments.bits.split(",")):
-        for axis in map(int, arguments.axes.split(",")):
-            for shape in _SHAPES:
-                if time.monotonic() > deadline:
-                    print(f"left out for time: {shape} {nbits} bit axis {axis}")
-                    continue
-                cases.append(explore(shape, nbits, axis, peak))
-                print(row(cases[-1]), flush=True)
-                content = record(cases, bandwidth_bytes_per_s=peak)
-                write_json(arguments.out / "dequant_explore.json", content)
+    for case in todo:
+        if time.monotonic() > deadline:
+            print(f"left out for time: {case}")
+            continue
+        cases.append(explore(*case, peak))
+        print(row(cases[-1]), flush=True)
+        write_json(arguments.out / "dequant_explore.json", record(cases, bandwidth_bytes_per_s=peak))
+        torch.cuda.empty_cache()
     print(table([row(case) for case in cases]))
 
 

@@ -27,7 +27,7 @@ def dequantize(
     compute_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
     block_size: int | None = None,
-    config: tuple[int, int, int] | None = None,
+    config: tuple[int, ...] | None = None,
     autotune: bool = False,
 ) -> Tensor:
     """Return `(W_q - zero) * scale` of `shape`: a Triton kernel on CUDA, the torch reference elsewhere.
@@ -45,7 +45,8 @@ def dequantize(
         compute_dtype: dtype the arithmetic starts in; None means scale's.
         out_dtype: dtype of the result; None means what the arithmetic gives.
         block_size: packed elements that a program takes at a time, a power of two; None lets the library choose.
-        config: block size, warps and tiles per program, for those who measured; instead of block_size.
+        config: the numbers of `hqq.kernels.dequant_config.Config`, at least the first three (block size, warps, tiles
+            per program), for those who measured; instead of block_size.
         autotune: measure the candidate tile sizes at the first call for this shape on this GPU, and keep the winner on
             disk. Never under CUDA-graph capture, where the choice falls back to what is known.
 
@@ -99,7 +100,7 @@ def dequantize_qtensor(
     *,
     out_dtype: torch.dtype | None = None,
     block_size: int | None = None,
-    config: tuple[int, int, int] | None = None,
+    config: tuple[int, ...] | None = None,
     autotune: bool = False,
 ) -> Tensor:
     """Return the tensor that `q` stands for; arguments and errors as `dequantize`.

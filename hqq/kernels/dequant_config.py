@@ -10,24 +10,44 @@ from hqq.kernels.dequant_view import MatrixView
 _STORE_BYTES = 16  # the widest store of one thread
 _WARP = 32
 _LARGEST_BLOCK = 1 << 16
+_MOST_STEPS = 32  # a program's tiles are written out one by one in its machine code
+_LARGEST = 1 << 20
 
 
 class Config(NamedTuple):
-    """`block` packed elements in a tile (a power of two), worked on by `warps` warps, `steps` tiles per program."""
+    """How the work is cut up and fed; numbers only, so that tuning can keep them. No result depends on it.
+
+    A tile has `block` packed elements (a power of two), worked on by `warps` warps; a program takes `steps` tiles.
+    `stripe`: groups that are columns are taken in stripes as wide as so many tiles; 0 takes whole rows.
+    `burst`, `distance`: every burst-th program asks the L2 cache for the inputs of the `burst` programs that are
+    `distance` further on; 0 leaves it to each program to load its own.
+    `streaming`: 1 marks codes and results as not to be kept in the L2 cache.
+    `overlap`: programs start before the previous kernel on the stream ends, and wait for that before they touch
+    memory; 1 lets the next kernel do so from the start, 2 once this one's inputs are asked for.
+    """
 
     block: int
     warps: int
     steps: int
+    stripe: int = 0
+    burst: int = 0
+    distance: int = 0
+    streaming: int = 0
+    overlap: int = 1
+
+
+_LIMITS = Config(_LARGEST_BLOCK, 32, _MOST_STEPS, _LARGEST, 1024, _LARGEST, 1, 2)
 
 
 def check_config(config: Config) -> Config:
     """Return `config`, or raise ConfigError if no kernel can be built from it."""
-    for name, value, largest in zip(config._fields, config, (_LARGEST_BLOCK, 32, 1 << 16), strict=True):
-        power_needed = name != "steps"
-        if not 1 <= value <= largest or (power_needed and value & (value - 1)):
+    for name, value, largest in zip(config._fields, config, _LIMITS, strict=True):
+        power_needed = name in ("block", "warps")
+        least = 1 if power_needed or name == "steps" else 0
+        if not least <= value <= largest or (power_needed and value & (value - 1)):
             kind = "a power of two" if power_needed else "an integer"
             raise ConfigError(
-                f"got {name}={value} for the dequantisation kernel; expected {kind} from 1 to {largest}"
+                f"got {name}={value} for the dequantisation kernel; expected {kind} from {least} to {largest}"
             )
     return config
 
@@ -46,25 +66,47 @@ def config_of_block(block_size: int, out_itemsize: int) -> Config:
     return check_config(Config(block_size, 1 << (warps.bit_length() - 1), 1))
 
 
-def default_config(view: MatrixView, out_itemsize: int) -> Config:
-    """Return the shipped choice.
+# Results that no L2 cache of today holds: only there is it the memory that has to be kept busy.
+_LARGE_BYTES = 64 << 20
 
-    Groups that are columns reuse scale and zero down a column, so a program takes several tiles there.
-    """
-    warps = 4
-    block = full_width(out_itemsize, warps)
-    steps = 1
-    if view.groups == "columns":
-        tile_rows = max(1, block // max(view.columns, 1))
-        steps = max(1, min(4, view.packed_rows // tile_rows))
-    return Config(block, warps, steps)
+# The shipped choices, measured on an H200 (see docs/kernels.md), by kind of groups and codes per packed element, with
+# `block` for 16-bit results.
+_LARGE = {
+    ("rows", 1): Config(2048, 4, 1, 0, 16, 2048, 1),
+    ("rows", 2): Config(1024, 4, 1, 0, 16, 2048, 1),
+    ("rows", 4): Config(1024, 4, 1, 0, 16, 2048, 1),
+    ("rows", 8): Config(1024, 4, 1, 0, 16, 2048, 1),
+    ("rows", 10): Config(1024, 4, 1, 0, 16, 2048, 1),
+    ("columns", 1): Config(1024, 4, 2, 1792, 16, 2048, 1),
+    ("columns", 2): Config(1024, 4, 1, 1792, 16, 2048, 1),
+    ("columns", 4): Config(1024, 4, 1, 1792, 16, 2048, 1),
+    ("columns", 8): Config(1024, 4, 1, 1792, 16, 2048, 1),
+    ("columns", 10): Config(1024, 4, 1, 1792, 16, 2048, 1),
+}
+_SMALL = {"rows": Config(2048, 4, 1), "columns": Config(1024, 4, 4)}
 
 
-def candidates(view: MatrixView, out_itemsize: int) -> list[Config]:
+def default_config(view: MatrixView, fields: int, out_itemsize: int) -> Config:
+    """Return the shipped choice for `view`, whose packed elements hold `fields` codes each."""
+    kind = "columns" if view.groups == "columns" else "rows"
+    large = view.rows * view.columns * out_itemsize >= _LARGE_BYTES
+    config = _LARGE[kind, fields] if large else _SMALL[kind]
+    block = config.block * 2 // out_itemsize
+    steps = config.steps
+    if kind == "columns":
+        tile_rows = max(1, block // view.columns)
+        steps = max(1, min(steps, view.packed_rows // tile_rows))
+    return config._replace(block=block, steps=steps)
+
+
+def candidates(view: MatrixView, fields: int, out_itemsize: int) -> list[Config]:
     """Return the configurations that tuning measures, the shipped choice first."""
-    steps = (1, 2, 4, 8, 16) if view.groups == "columns" else (1, 2, 4)
-    tried = [
-        Config(full_width(out_itemsize, w), w, s) for w in (2, 4, 8) for s in steps if s <= view.packed_rows
-    ]
-    first = default_config(view, out_itemsize)
-    return [first, *(c for c in tried if c != first)]
+    first = default_config(view, fields, out_itemsize)
+    columns = view.groups == "columns"
+    tiles = [(full_width(out_itemsize, w), w) for w in (2, 4, 8)] + [(full_width(out_itemsize, 8), 4)]
+    steps = [s for s in ((1, 2, 4, 8) if columns else (1, 2)) if s <= view.packed_rows]
+    tried = [first._replace(block=block, warps=warps, steps=s) for block, warps in tiles for s in steps]
+    if first.burst:
+        tried += [first._replace(burst=burst, distance=d) for burst in (0, 8) for d in (1024, 2048)]
+        tried += [first._replace(stripe=stripe) for stripe in (0, 896, 3584) if columns]
+    return list(dict.fromkeys([first, *tried]))

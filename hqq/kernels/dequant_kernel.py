@@ -3,17 +3,20 @@
 It sees the packed codes as a matrix [packed_rows, columns] and the result as [rows, columns]; field i of packed row r
 is row r + i * packed_rows. A program takes a tile of packed codes, and each field of the tile is one tile of results,
 so that both sides move as whole contiguous stretches. Groups are runs of `SPLIT` rows (GROUPS "rows"), columns
-("columns"), or everything ("one"); see `view_of` for how a tensor becomes this matrix.
+("columns"), or everything ("one"); see `view_of` for how a tensor becomes this matrix. `dequant_flow` has what makes
+memory busy: order, prefetching, and starting before the previous kernel ends.
 """
 
 # Written in Triton's language, which is not quite Python: branches on constants choose what is compiled.
 # mypy: ignore-errors
-# ruff: noqa: RET505, SIM108, SIM300
+# ruff: noqa: C901, RET505, SIM108, SIM300
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from hqq.kernels.dequant_flow import block_of, prefetch_columns, prefetch_rows, start_next, wait_for_previous
 
 
 @triton.jit
@@ -40,13 +43,14 @@ def _load_stat(
     period,
     MODE: tl.constexpr,
     DTYPE: tl.constexpr,
+    POLICY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Scale or zero of `group`: a load, or 8-bit codes dequantised with a scale and zero of their own.
 
     Which of those a code has: the only one (MODE "one"), number group % period ("columns") or group // period ("rows").
     """
-    value = tl.load(values + group, mask=keep)
+    value = tl.load(values + group, mask=keep, eviction_policy=POLICY)
     if MODE == "plain":
         return value
     else:
@@ -60,6 +64,34 @@ def _load_stat(
             s, z = tl.load(scale + outer, mask=keep), tl.load(zero + outer, mask=keep)
         difference = _rounded(value.to(tl.float32) - z.to(tl.float32), DTYPE, INTERPRETED)
         return _rounded(difference * s.to(tl.float32), DTYPE, INTERPRETED).to(DTYPE)
+
+
+@triton.jit
+def _load_stats(
+    scale,
+    zero,
+    scale_scale,
+    scale_zero,
+    zero_scale,
+    zero_zero,
+    group,
+    keep,
+    scale_period,
+    zero_period,
+    SCALE_MODE: tl.constexpr,
+    ZERO_MODE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    POLICY: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Scale and zero of `group`."""
+    s = _load_stat(
+        scale, scale_scale, scale_zero, group, keep, scale_period, SCALE_MODE, DTYPE, POLICY, INTERPRETED
+    )
+    z = _load_stat(
+        zero, zero_scale, zero_zero, group, keep, zero_period, ZERO_MODE, DTYPE, POLICY, INTERPRETED
+    )
+    return s, z
 
 
 @triton.jit
@@ -91,7 +123,10 @@ def _field(
 
 
 # Only `columns` says how addresses are aligned; the other numbers would but multiply the compiled variants.
-@triton.jit(do_not_specialize=["rows", "packed_rows", "packed_groups", "scale_period", "zero_period"])
+_JUST_NUMBERS = ["rows", "packed_rows", "packed_groups", "scale_period", "zero_period", "stripe", "distance"]
+
+
+@triton.jit(do_not_specialize=_JUST_NUMBERS)
 def dequantize_kernel(
     W_q,
     out,
@@ -107,6 +142,8 @@ def dequantize_kernel(
     columns,
     scale_period,
     zero_period,
+    stripe,
+    distance,
     BITS: tl.constexpr,
     FIELDS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -114,6 +151,9 @@ def dequantize_kernel(
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
+    STRIPED: tl.constexpr,
+    BURST: tl.constexpr,
+    OVERLAP: tl.constexpr,
     SCALE_MODE: tl.constexpr,
     ZERO_MODE: tl.constexpr,
     STAT: tl.constexpr,
@@ -125,88 +165,145 @@ def dequantize_kernel(
     CONSTRAINTS: tl.constexpr,
     PACK: tl.constexpr,
     LOAD_POLICY: tl.constexpr,
+    STAT_POLICY: tl.constexpr,
     STORE_HINT: tl.constexpr,
+    THREADS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Dequantise STEPS tiles [TILE_ROWS, TILE_COLUMNS] of packed codes, one below the other.
 
-    WIDE: addresses need 64 bits. STAT: dtype that quantised scale and zero are dequantised to. ASM: PTX for each
-    field, or None for arithmetic that Triton writes, with roundings to DIFFERENCE, PRODUCT and OUT.
+    stripe (if STRIPED), distance, BURST, OVERLAP: see `Config`. WIDE: addresses need 64 bits. STAT: dtype that
+    quantised scale and zero are dequantised to. ASM: PTX for each field, or None for arithmetic that Triton writes,
+    with roundings to DIFFERENCE, PRODUCT and OUT.
     """
     pid = tl.program_id(0)
+    if OVERLAP == 1:
+        start_next()
+    if OVERLAP > 0:
+        wait_for_previous()
     if GROUPS == "columns":
-        width = columns
+        width = tl.cast(columns, tl.int64) if WIDE else columns
         blocks = (columns + TILE_COLUMNS - 1) // TILE_COLUMNS
-        block_row, block_column = pid // blocks, pid % blocks
+        row_blocks = (packed_rows + TILE_ROWS * STEPS - 1) // (TILE_ROWS * STEPS)
+        block_row, block_column = block_of(pid, blocks, row_blocks, stripe, STRIPED)
     else:
         # One tile is as wide as the matrix. As a constant, the width tells the compiler how rows are aligned.
         width: tl.constexpr = TILE_COLUMNS
         block_row, block_column = pid, 0
+    if BURST > 0:
+        ahead = pid + distance
+        if (pid % BURST == 0) & (ahead < tl.num_programs(0)):
+            if GROUPS == "columns":
+                ahead_row, ahead_column = block_of(ahead, blocks, row_blocks, stripe, STRIPED)
+                prefetch_columns(
+                    W_q,
+                    scale,
+                    zero,
+                    packed_rows,
+                    columns,
+                    ahead_row * STEPS,
+                    ahead_column * TILE_COLUMNS,
+                    BURST * TILE_COLUMNS,
+                    STEPS,
+                    THREADS,
+                )
+            else:
+                prefetch_rows(
+                    W_q,
+                    scale,
+                    zero,
+                    rows,
+                    packed_rows,
+                    packed_groups,
+                    ahead * (TILE_ROWS * STEPS),
+                    BURST * TILE_ROWS * STEPS,
+                    TILE_COLUMNS,
+                    SPLIT,
+                    FIELDS if GROUPS == "rows" else 0,
+                    THREADS,
+                )
     column = block_column * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     in_width = column < width
     if WIDE:
         block_row, packed_rows = block_row.to(tl.int64), packed_rows.to(tl.int64)
         packed_groups = packed_groups.to(tl.int64)
-    first_row = block_row * (TILE_ROWS * STEPS)
-    end_row = tl.minimum(first_row + TILE_ROWS * STEPS, packed_rows)
-    row = first_row + tl.arange(0, TILE_ROWS)
-    if GROUPS != "rows":
+    row = block_row * (TILE_ROWS * STEPS) + tl.arange(0, TILE_ROWS)
+    place = row[:, None] * width + column[None, :]
+    # Everything is loaded before the first store: a load behind a store would wait for its turn.
+    codes = ()
+    for t in tl.static_range(STEPS):
+        keep = (row + t * TILE_ROWS < packed_rows)[:, None] & in_width[None, :]
+        codes += (tl.load(W_q + t * TILE_ROWS * width + place, mask=keep, eviction_policy=LOAD_POLICY),)
+    scales, zeros = (), ()
+    if GROUPS == "rows":
+        for t in tl.static_range(STEPS):
+            for i in tl.static_range(FIELDS):
+                of_step = row + t * TILE_ROWS
+                group = of_step // SPLIT + i * packed_groups
+                keep = (of_step < packed_rows) & (of_step + i * packed_rows < rows)
+                s, z = _load_stats(
+                    scale,
+                    zero,
+                    scale_scale,
+                    scale_zero,
+                    zero_scale,
+                    zero_zero,
+                    group,
+                    keep,
+                    scale_period,
+                    zero_period,
+                    SCALE_MODE,
+                    ZERO_MODE,
+                    STAT,
+                    STAT_POLICY,
+                    INTERPRETED,
+                )
+                scales += (s[:, None],)
+                zeros += (z[:, None],)
+    else:
         group, keep = (column, in_width) if GROUPS == "columns" else (0, None)
-        s = _load_stat(
-            scale, scale_scale, scale_zero, group, keep, scale_period, SCALE_MODE, STAT, INTERPRETED
+        s, z = _load_stats(
+            scale,
+            zero,
+            scale_scale,
+            scale_zero,
+            zero_scale,
+            zero_zero,
+            group,
+            keep,
+            scale_period,
+            zero_period,
+            SCALE_MODE,
+            ZERO_MODE,
+            STAT,
+            STAT_POLICY,
+            INTERPRETED,
         )
-        z = _load_stat(zero, zero_scale, zero_zero, group, keep, zero_period, ZERO_MODE, STAT, INTERPRETED)
         if GROUPS == "columns":
             s, z = s[None, :], z[None, :]
-    keep = (row < packed_rows)[:, None] & in_width[None, :]
-    place = row[:, None] * width + column[None, :]
-    w = tl.load(W_q + place, mask=keep, eviction_policy=LOAD_POLICY)
-    for _ in range(STEPS):
-        if STEPS > 1:
-            # The next tile is asked for before this one is used.
-            next_row = row + TILE_ROWS
-            next_keep = (next_row < end_row)[:, None] & in_width[None, :]
-            next_place = place + TILE_ROWS * width
-            next_w = tl.load(W_q + next_place, mask=next_keep, eviction_policy=LOAD_POLICY)
-        if GROUPS == "rows":
-            # All fields' scales and zeros before the first store: a load behind a store would wait for its turn.
-            scales, zeros = (), ()
-            for i in tl.static_range(FIELDS):
-                group = row // SPLIT + i * packed_groups
-                has_group = (row < packed_rows) & (row + i * packed_rows < rows)
-                scales += (
-                    _load_stat(
-                        scale,
-                        scale_scale,
-                        scale_zero,
-                        group,
-                        has_group,
-                        scale_period,
-                        SCALE_MODE,
-                        STAT,
-                        INTERPRETED,
-                    )[:, None],
-                )
-                zeros += (
-                    _load_stat(
-                        zero,
-                        zero_scale,
-                        zero_zero,
-                        group,
-                        has_group,
-                        zero_period,
-                        ZERO_MODE,
-                        STAT,
-                        INTERPRETED,
-                    )[:, None],
-                )
+    if OVERLAP == 2:
+        start_next()
+    for t in tl.static_range(STEPS):
+        of_step = row + t * TILE_ROWS
+        keep = (of_step < packed_rows)[:, None] & in_width[None, :]
         for i in tl.static_range(FIELDS):
             if GROUPS == "rows":
-                s, z = scales[i], zeros[i]
+                s, z = scales[t * FIELDS + i], zeros[t * FIELDS + i]
             value = _field(
-                w, z, s, i, BITS, FIELDS, ASM, CONSTRAINTS, PACK, DIFFERENCE, PRODUCT, OUT, INTERPRETED
+                codes[t],
+                z,
+                s,
+                i,
+                BITS,
+                FIELDS,
+                ASM,
+                CONSTRAINTS,
+                PACK,
+                DIFFERENCE,
+                PRODUCT,
+                OUT,
+                INTERPRETED,
             )
-            in_field = keep & (row + i * packed_rows < rows)[:, None]
-            tl.store(out + i * packed_rows * width + place, value, mask=in_field, cache_modifier=STORE_HINT)
-        if STEPS > 1:
-            row, keep, place, w = next_row, next_keep, next_place, next_w
+            in_field = keep & (of_step + i * packed_rows < rows)[:, None]
+            target = out + i * packed_rows * width + t * TILE_ROWS * width + place
+            tl.store(target, value, mask=in_field, cache_modifier=STORE_HINT)

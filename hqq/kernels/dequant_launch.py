@@ -15,6 +15,7 @@ from hqq.core.qtensor import QSpec
 from hqq.kernels.availability import interpreting
 from hqq.kernels.dequant_asm import FieldAsm, field_asm
 from hqq.kernels.dequant_config import Config
+from hqq.kernels.dequant_flow import GDC_WAIT
 from hqq.kernels.dequant_kernel import dequantize_kernel
 from hqq.kernels.dequant_plan import Stat
 from hqq.kernels.dequant_view import MatrixView, view_of
@@ -40,13 +41,10 @@ def launch(
     config: Config,
     *,
     asm: bool = True,
-    load_policy: str = "",
-    store_hint: str = "",
 ) -> Tensor:
     """Return the dequantised tensor of spec.shape; the arguments are checked ones (see `check_call`).
 
-    Runs on W_q's device and that device's current stream, without synchronising. `asm`, `load_policy` and
-    `store_hint` (Triton's eviction policy and cache modifier) are for measurements.
+    Runs on W_q's device and that device's current stream, without synchronising. `asm` is for measurements.
     """
     fmt = spec.format
     assert fmt is not None
@@ -67,6 +65,10 @@ def launch(
     tile_rows = config.block // tile_columns
     row_blocks = triton.cdiv(view.packed_rows, tile_rows * config.steps)
     column_blocks = triton.cdiv(view.columns, tile_columns)
+    by_columns = view.groups == "columns"
+    # Tiles that hold several whole rows do not lie one behind the other as prefetching takes it for granted.
+    ahead = _has_bulk_prefetch(W_q.device) and not (by_columns and tile_rows > 1)
+    overlap = config.overlap if _has_overlap(W_q.device) else 0
     reach = (row_blocks * config.steps + 1) * tile_rows + (fmt.fields - 1) * view.packed_rows
     with _on(W_q.device):
         dequantize_kernel[(row_blocks * column_blocks,)](
@@ -84,6 +86,8 @@ def launch(
             view.columns,
             scale.period,
             zero.period,
+            config.stripe,
+            config.distance,
             BITS=fmt.bits,
             FIELDS=fmt.fields,
             GROUPS=view.groups,
@@ -91,6 +95,9 @@ def launch(
             TILE_ROWS=tile_rows,
             TILE_COLUMNS=tile_columns,
             STEPS=config.steps,
+            STRIPED=by_columns and 0 < config.stripe < column_blocks,
+            BURST=config.burst if ahead else 0,
+            OVERLAP=overlap,
             SCALE_MODE=scale.mode,
             ZERO_MODE=zero.mode,
             STAT=_TL[dtype],
@@ -101,11 +108,14 @@ def launch(
             ASM=ptx.texts or None,
             CONSTRAINTS=ptx.constraints,
             PACK=ptx.pack,
-            LOAD_POLICY=load_policy,
-            STORE_HINT=store_hint,
+            LOAD_POLICY="evict_first" if config.streaming else "",
+            STAT_POLICY="evict_last" if config.streaming and by_columns else "",
+            STORE_HINT=".cs" if config.streaming else "",
+            THREADS=32 * config.warps,
             INTERPRETED=interpreting(),
             num_warps=config.warps,
             **_no_contraction(),
+            **({"launch_pdl": True} if overlap else {}),
         )
     return out
 
@@ -130,6 +140,22 @@ def _has_packed_floats(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.cuda is None or not hasattr(tl.constexpr, "__getitem__"):
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def _has_bulk_prefetch(device: torch.device) -> bool:
+    """Whether the instructions of compute capability 9.0 run: NVIDIA, not interpreted."""
+    return (
+        device.type == "cuda"
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+@cache
+def _has_overlap(device: torch.device) -> bool:
+    """Whether kernels can start before the previous one ends, in this Triton too."""
+    return _has_bulk_prefetch(device) and GDC_WAIT is not None
 
 
 def _no_contraction() -> dict[str, Any]:

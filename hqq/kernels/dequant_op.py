@@ -12,7 +12,7 @@ from hqq.kernels.dequant_config import Config, check_config
 from hqq.kernels.dequant_plan import Stat, check_call, spec_of
 
 # The quantised forms of scale and zero are spelled out, since an operator takes tensors and numbers only. An empty
-# `config` means the tuned or shipped tile sizes; three numbers are block, warps and steps.
+# `config` means the tuned or shipped choice; else it has the numbers of `Config`.
 SCHEMA = (
     "dequantize(Tensor W_q, Tensor scale, Tensor? scale_scale, Tensor? scale_zero, Tensor zero, Tensor? zero_scale, "
     "Tensor? zero_zero, float nbits, int[] shape, int? group_size, int axis, bool channel_wise, str packing, "
@@ -50,8 +50,10 @@ class _Call:
         self.zero = Stat(zero, zero_scale, zero_zero, zero_axis)
         self.spec: QSpec = spec_of(nbits, tuple(shape), group_size, axis, channel_wise, packing)
         check_call(W_q, self.scale, self.zero, self.spec, dtype, out_dtype)
-        if len(config) not in (0, 3):
-            raise ConfigError(f"got config={config}; expected block, warps and steps, or nothing")
+        if config and not 3 <= len(config) <= len(Config._fields):
+            raise ConfigError(
+                f"got config={config}; expected {', '.join(Config._fields)}, the first three at least"
+            )
         self.config = check_config(Config(*config)) if config else None
 
     def reference(self) -> Tensor:

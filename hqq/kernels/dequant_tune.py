@@ -51,7 +51,7 @@ def choose_config(
             # do_bench clears the L2 cache between runs.
             return float(triton.testing.do_bench(run, _WARM_UP_MS, _MEASURE_MS, return_mode="median"))
 
-    best = fastest(candidates(_view(spec), out_dtype.itemsize), measure)
+    best = fastest(candidates(_view(spec), _fields(spec), out_dtype.itemsize), measure)
     kept.put(key, best)
     return best
 
@@ -93,6 +93,11 @@ def _view(spec: QSpec) -> MatrixView:
     return matrix_view(spec, Config(_WIDEST, 1, 1))
 
 
+def _fields(spec: QSpec) -> int:
+    assert spec.format is not None
+    return spec.format.fields
+
+
 @cache
 def _shipped(spec: QSpec, out_dtype: torch.dtype) -> Config:
-    return default_config(_view(spec), out_dtype.itemsize)
+    return default_config(_view(spec), _fields(spec), out_dtype.itemsize)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from hqq.core.bitpack import FORMAT_OF_BITS, FORMATS, max_code, pack
 from hqq.core.qtensor import QSpec, QTensor
+
+# Some releases of torch's own compiler import what another part of torch warns of.
+ALLOW_SCRIPT_METHOD = pytest.mark.filterwarnings(
+    "ignore:.?torch.jit.script_method.? is deprecated:DeprecationWarning"
+)
 
 
 def random_qtensor(

@@ -178,10 +178,22 @@ def test_addresses_of_64_bits(
     assert len(launches) == 3
 
 
+# The last ones: stripes of two tiles (the last one narrower), inputs asked for ahead, hints for large results, overlap.
+CONFIGS = [
+    (64, 1, 1),
+    (256, 2, 3),
+    (1024, 4, 2),
+    (4096, 8, 5),
+    (16, 1, 2, 2, 0, 0, 1, 0),
+    (16, 1, 1, 2, 3, 2, 1, 1),
+    (64, 2, 2, 0, 2, 1, 0, 2),
+]
+
+
 @pytest.mark.parametrize("axis", [1, 0])
-@pytest.mark.parametrize("config", [(64, 1, 1), (256, 2, 3), (1024, 4, 2), (4096, 8, 5)], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_any_tile_size_gives_the_same_bits(
-    config: tuple[int, int, int],
+    config: tuple[int, ...],
     axis: int,
     rng: torch.Generator,
     device: torch.device,

@@ -14,7 +14,7 @@ from hqq.core.linear import HQQLinear
 from hqq.core.qtensor import QTensor
 from hqq.kernels import dequantize_qtensor
 from tests.cases import BITS, DTYPES
-from tests.kernels.quantized import bits_of, random_qtensor
+from tests.kernels.quantized import ALLOW_SCRIPT_METHOD, bits_of, random_qtensor
 
 pytestmark = [
     pytest.mark.gpu,
@@ -163,6 +163,7 @@ def test_new_shape_starts_within_a_second(rng: torch.Generator) -> None:
     assert time.perf_counter() - start < 1
 
 
+@ALLOW_SCRIPT_METHOD
 @pytest.mark.parametrize("quantised", [False, True])
 def test_compiled_layer_is_one_graph(quantised: bool, rng: torch.Generator) -> None:
     linear = nn.Linear(512, 256, dtype=torch.bfloat16)

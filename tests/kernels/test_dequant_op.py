@@ -15,7 +15,7 @@ from hqq.core.linear import HQQLinear
 from hqq.kernels import dequantize_qtensor
 from hqq.kernels.dequant_op import dequantize_op
 from hqq.kernels.dequant_plan import inline_stat
-from tests.kernels.quantized import bits_of, random_qtensor
+from tests.kernels.quantized import ALLOW_SCRIPT_METHOD, bits_of, random_qtensor
 
 
 def op_arguments(
@@ -60,6 +60,7 @@ def test_opcheck(
     torch.library.opcheck(dequantize_op, op_arguments(rng, device, nbits, axis, quantised))
 
 
+@ALLOW_SCRIPT_METHOD
 @pytest.mark.parametrize("quantised", [False, True])
 def test_compiles_into_one_graph(
     quantised: bool, rng: torch.Generator, device: torch.device, launches: list[Tensor]

@@ -37,10 +37,12 @@ def test_view_of_columns_keeps_its_width() -> None:
 def test_every_offered_configuration_can_be_built() -> None:
     for axis in (0, 1):
         for packing in FORMATS:
-            offered = candidates(view(packing, (4096, 4096), 64, axis), 2)
-            assert offered[0] == default_config(view(packing, (4096, 4096), 64, axis), 2)
-            assert len(set(offered)) == len(offered) > 5
-            assert all(check_config(config) == config for config in offered)
+            for shape in ((4096, 4096), (8192, 28672)):
+                seen = view(packing, shape, 64, axis), FORMATS[packing].fields, 2
+                offered = candidates(*seen)
+                assert offered[0] == default_config(*seen)
+                assert len(set(offered)) == len(offered) > 5
+                assert all(check_config(config) == config for config in offered)
 
 
 def test_block_size_gives_a_configuration() -> None:
