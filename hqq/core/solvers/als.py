@@ -110,9 +110,13 @@ class _Job:
         scale = span_about(W, self.dim, self.zero, self.max_code)
         return scale, torch.full_like(scale, self.zero)
 
-    @torch.no_grad()
     def run(self, blocks: Sequence[slice]) -> None:
-        """Solve the groups of `blocks`."""
+        """Solve the groups of `blocks`, on any thread."""
+        # Each thread has a gradient mode of its own, and tensors made in inference mode are written to in it only.
+        with torch.inference_mode(self.codes.is_inference()), torch.no_grad():
+            self._solve_blocks(blocks)
+
+    def _solve_blocks(self, blocks: Sequence[slice]) -> None:
         shape = (self.layout.rows, self.layout.columns)
         tiles = [self.groups.new_empty(shape) for _ in range(4)]
         weights = self.groups.new_empty(shape) if self.importance is not None or self.layout.padded else None

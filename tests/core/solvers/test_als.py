@@ -327,3 +327,19 @@ def test_zero_mode_comes_through_the_configuration(rng: torch.Generator) -> None
     for other in ({"solver": "hqq"}, {"optimize": False}):
         with pytest.raises(ConfigError, match="zero_mode"):
             quantize_tensor(torch.randn(8, 64), zero_mode="integer", **other)
+
+
+def test_solves_in_inference_mode_on_several_threads(rng: torch.Generator) -> None:
+    W = trained_like(2000, 64, rng)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        expected = solve_als(W.clone().requires_grad_().detach(), 1, 15)
+        with torch.inference_mode():
+            found = solve_als(W * 1.0, 1, 15)
+        outside = solve_als(found.codes * 0 + W, 1, 15)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(outside.codes, expected.codes)
+    assert not expected.scale.requires_grad
