@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.dequant.tensors import moved_bytes, random_qtensor
 from benchmarks.dequant.timing import bandwidth, buffer_sets, microseconds
+from benchmarks.dequant.warm import warm
 from benchmarks.harness import record, table, write_json
 from hqq.core.qtensor import QTensor
 from hqq.kernels.dequant_config import Config, default_config
@@ -85,12 +84,12 @@ def run_one(q: QTensor, config: Config) -> Tensor:
     return launch(q.W_q, scale, zero, q.spec, _DTYPE, _DTYPE, config)
 
 
-def compile_all(shape: Shape, nbits: int, axis: int) -> None:
+def compile_all(case: tuple[Shape, int, int]) -> None:
     """Put every kernel of one case into Triton's cache on disk."""
+    shape, nbits, axis = case
     q = random_qtensor(nbits, shape, 64, axis, _DTYPE)
     for config in configurations(shape, axis):
         run_one(q, config)
-    torch.cuda.synchronize()
 
 
 def explore(shape: Shape, nbits: int, axis: int, peak: float) -> dict[str, Any]:
@@ -144,9 +143,8 @@ def main() -> None:
     bits, axes = (list(map(int, text.split(","))) for text in (arguments.bits, arguments.axes))
     shapes = [(int(n), int(k)) for n, k in (text.split("x") for text in arguments.shapes.split(","))]
     todo = [(shape, nbits, axis) for nbits in bits for axis in axes for shape in shapes]
-    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
-        # 3 and 1 bit take longest to compile.
-        list(pool.map(compile_all, *zip(*sorted(todo, key=lambda case: case[1] not in (3, 1)), strict=True)))
+    # 3 and 1 bit take longest to compile.
+    warm(compile_all, sorted(todo, key=lambda case: case[1] not in (3, 1)), arguments.workers)
     print(f"compiled, {deadline - time.monotonic():.0f} s left", flush=True)
     peak = bandwidth()
     print(f"bandwidth {peak / 1e12:.3f} TB/s", flush=True)

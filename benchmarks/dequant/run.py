@@ -1,13 +1,17 @@
-"""The table of dequantisation times: this library's kernel, the original's formula eager and compiled, the seed kernel.
+"""The table of dequantisation times: this library's kernel, the original eager and compiled, its extension, the seed's.
 
-Run: python -m benchmarks.dequant.run --out FOLDER [--peers] [--autotune]
+Run: python -m benchmarks.dequant.run --out FOLDER [--peers [--original PACKAGE_FOLDER]] [--autotune]
 Writes FOLDER/dequant.json and prints a table. Microseconds per call, medians of CUDA-graph replays over rotated
-buffers (eager without a graph); the floor is the bytes of codes, scale, zero and result over the measured bandwidth.
+buffers (eager and extension without a graph); the floor is the bytes of codes, scale, zero and result over the measured
+bandwidth. Without --original its formula is restated here, and the extension is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,11 +23,14 @@ import torch
 from benchmarks.dequant.peers import compiled, in_adjacent_rows, seed_kernels, unpack_eagerly
 from benchmarks.dequant.tensors import moved_bytes, random_qtensor
 from benchmarks.dequant.timing import bandwidth, buffer_sets, eager_microseconds, microseconds
+from benchmarks.dequant.warm import warm
 from benchmarks.harness import record, table, write_json
 from hqq.core.qtensor import QTensor
 from hqq.kernels import dequantize_qtensor
 
 _SMALL, _LARGE = (4096, 4096), (8192, 28672)
+_PEERS = ("original", "original_compiled", "aten", "seed_kernel")
+_Times = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,17 @@ class Case:
     nbits: int
     dtype: torch.dtype = torch.bfloat16
     quantised: bool = False
+
+    @property
+    def with_peers(self) -> bool:
+        """Whether the others are measured too."""
+        return not self.quantised and self.group_size == 64 and self.dtype == torch.bfloat16
+
+    def make(self) -> QTensor:
+        """Return a random tensor of this case."""
+        return random_qtensor(
+            self.nbits, self.shape, self.group_size, self.axis, self.dtype, quantised=self.quantised
+        )
 
     def columns(self) -> dict[str, object]:
         """Return the settings under the names of the published table."""
@@ -70,18 +88,21 @@ def cases() -> Iterator[Case]:
         yield Case(_SMALL, axis, 64, 4, quantised=True)
 
 
-def measure(case: Case, peak: float, peers: bool, autotune: bool) -> dict[str, Any]:
-    """Return the line of `case`: settings and microseconds."""
-    torch.manual_seed(torch.seed() % 2**31)
+def compile_case(case: Case) -> None:
+    """Put the kernels of `case` into Triton's cache on disk."""
+    q = case.make()
+    dequantize_qtensor(q, case.dtype)
+    repacked = in_adjacent_rows(q) if case.with_peers else None
+    if repacked is not None:
+        for run in seed_kernels().values():
+            run(repacked)
 
-    def make() -> QTensor:
-        return random_qtensor(
-            case.nbits, case.shape, case.group_size, case.axis, case.dtype, quantised=case.quantised
-        )
 
-    first = make()
+def measure(case: Case, peak: float, autotune: bool) -> tuple[_Times, list[QTensor]]:
+    """Return the line of `case`, settings and microseconds, and the tensors it was measured with."""
+    first = case.make()
     moved = moved_bytes(first, case.dtype)
-    inputs = [first, *(make() for _ in range(buffer_sets(moved) - 1))]
+    inputs = [first, *(case.make() for _ in range(buffer_sets(moved) - 1))]
     if autotune:
         dequantize_qtensor(first, case.dtype, autotune=True)
     result = dequantize_qtensor(first, case.dtype)
@@ -89,36 +110,52 @@ def measure(case: Case, peak: float, peers: bool, autotune: bool) -> dict[str, A
     del result
     ours = min(microseconds(lambda q: dequantize_qtensor(q, case.dtype), inputs) for _ in range(2))
     floor = moved / peak * 1e6
-    line: dict[str, Any] = {
+    line = {
         **case.columns(),
         "floor": round(floor, 2),
         "ours": round(ours, 2),
+        "over_floor": round(ours / floor, 3),
         "of_bandwidth": round(floor / ours, 3),
     }
-    if peers and not case.quantised and case.group_size == 64 and case.dtype == torch.bfloat16:
-        line |= _peers(inputs)
-        fastest = min(line[name] for name in ("original", "original_compiled", "seed_kernel") if name in line)
-        line["speed_up"] = round(fastest / ours, 2)
-    return line
+    return line, inputs
 
 
-def _peers(inputs: list[QTensor]) -> dict[str, Any]:
+def seed_times(inputs: list[QTensor]) -> _Times:
+    """Return the time and block size of the re-created kernel at its fastest block size."""
+    if inputs[0].spec.nbits not in (8, 4):
+        return {}
+    repacked = [w for w in map(in_adjacent_rows, inputs) if w is not None]
+    times = {block: microseconds(run, repacked, 7) for block, run in seed_kernels().items()}
+    assert torch.equal(seed_kernels()[256](repacked[0]), inputs[0].dequantize())
+    block = min(times, key=times.__getitem__)
+    return {"seed_kernel": round(times[block], 1), "block_size": block}
+
+
+def restated_times(inputs: list[QTensor]) -> _Times:
+    """Return the times of the original's formula as `peers` has it."""
     assert torch.equal(unpack_eagerly(inputs[0]), inputs[0].dequantize())
     torch.compiler.reset()
-    line: dict[str, Any] = {
+    return {
         "original": round(eager_microseconds(unpack_eagerly, inputs), 1),
-        "original_compiled": round(microseconds(compiled(), inputs), 1),
+        "original_compiled": round(microseconds(compiled(), inputs, 7), 1),
     }
-    if inputs[0].spec.nbits in (8, 4):
-        repacked = [w for w in map(in_adjacent_rows, inputs) if w is not None]
-        times = {block: microseconds(run, repacked) for block, run in seed_kernels().items()}
-        assert torch.equal(seed_kernels()[256](repacked[0]), inputs[0].dequantize())
-        block = min(times, key=times.__getitem__)
-        line |= {"seed_kernel": round(times[block], 1), "block_size": block}
-    return line
 
 
-_COLUMNS = ("original", "original_compiled", "seed_kernel", "block_size", "speed_up")
+def original_times(package: Path, wanted: list[Case]) -> dict[Case, _Times]:
+    """Return the times of the original itself, taken in a process of its own."""
+    given = [{"shape": c.shape, "axis": c.axis, "group_size": c.group_size, "nbits": c.nbits} for c in wanted]
+    done = subprocess.run(
+        _original(package), input=json.dumps(given), stdout=subprocess.PIPE, text=True, check=True
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(zip(wanted, lines, strict=True))
+
+
+def _original(package: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.dequant.original", str(package), *options]
+
+
+_COLUMNS = (*_PEERS, "block_size", "speed_up")
 
 
 def main() -> None:
@@ -127,22 +164,42 @@ def main() -> None:
     parser.add_argument(
         "--peers", action="store_true", help="measure the others too (minutes, for the compiler)"
     )
+    parser.add_argument("--original", type=Path, help="folder of the original's package, for --peers")
+    parser.add_argument("--workers", type=int, default=14, help="processes that compile beforehand")
     parser.add_argument("--autotune", action="store_true", help="tune tile sizes before measuring")
     parser.add_argument("--seconds", type=float, default=420, help="start no further case after this long")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
+    todo = list(cases())
+    others = [case for case in todo if case.with_peers] if arguments.peers else []
+    original = arguments.original if arguments.peers else None
+    building = None if original is None else subprocess.Popen(_original(original, "--build"))
+    warm(compile_case, todo, arguments.workers)
+    if building is not None:
+        building.wait()
     peak = bandwidth()
     print(f"bandwidth {peak / 1e12:.3f} TB/s", flush=True)
-    lines: list[dict[str, Any]] = []
-    for case in cases():
+    theirs = {} if original is None else original_times(original, others)
+    print(f"{deadline - time.monotonic():.0f} s left", flush=True)
+    lines: list[_Times] = []
+    for case in todo:
         if time.monotonic() > deadline:
             print("left out for time:", case.columns())
             continue
-        lines.append(measure(case, peak, arguments.peers, arguments.autotune))
+        line, inputs = measure(case, peak, arguments.autotune)
+        lines.append(line)
+        if case in others:
+            line |= theirs[case] if theirs else restated_times(inputs)
+            line |= seed_times(inputs)
+            line["speed_up"] = round(min(line[name] for name in _PEERS if name in line) / line["ours"], 2)
+        del inputs
         print(lines[-1], flush=True)
-        write_json(arguments.out / "dequant.json", record(lines, bandwidth_bytes_per_s=peak, unit="us"))
+        write_json(
+            arguments.out / "dequant.json",
+            record(lines, bandwidth_bytes_per_s=peak, unit="us", original_is_restated=original is None),
+        )
         torch.cuda.empty_cache()
-    print(table([{**dict.fromkeys(_COLUMNS, ""), **line} for line in lines]))
+    print(table([{**line, **{name: line.get(name, "") for name in _COLUMNS}} for line in lines]))
 
 
 if __name__ == "__main__":
