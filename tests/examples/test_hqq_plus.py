@@ -42,7 +42,20 @@ def test_adapters_lower_the_perplexity_and_load_again(
     small_corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "adapters.pt"
-    options = ["--device", "cpu", "--tokens", "1500", "--steps", "8", "--batch-size", "1", "--seed", "3"]
+    options = [
+        "--device",
+        "cpu",
+        "--tokens",
+        "1500",
+        "--steps",
+        "12",
+        "--batch-size",
+        "1",
+        "--rate",
+        "1e-3",
+        "--seed",
+        "3",
+    ]
     hqq_plus.main([*options, "--save", str(file)])
     out = capsys.readouterr().out
     reference, before, after = (float(value) for value in re.findall(r"perplexity (\d+\.\d+) on 1500", out))
