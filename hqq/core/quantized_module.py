@@ -64,6 +64,8 @@ class QuantizedModule(LayerStateMixin, nn.Module):
         # Whoever deletes the parameter first (FSDP, which keeps its own and lends views of it) gets a plain attribute.
         if name in _TENSORS and name in self._parameters and is_plain:
             value = nn.Parameter(value.detach(), requires_grad=False)
+        elif name == "W_q" and isinstance(value, nn.Parameter):
+            value.requires_grad_(False)  # nn.Parameter(codes viewed as float) would train them
         super().__setattr__(name, value)
 
     @property

@@ -34,7 +34,7 @@ def weight_readers(model: nn.Module) -> dict[nn.Module, str]:
 def read_weights(cls: type[nn.Module]) -> frozenset[str]:
     """Return the names of the children `c` of which the code of `cls` has `self.c.weight` in a product."""
     bases = [base for base in cls.__mro__ if issubclass(base, nn.Module)]
-    return frozenset().union(*map(_own_reads, bases))
+    return frozenset().union(*(_own_reads(base) for base in bases))  # type: ignore[arg-type]  # classes hash
 
 
 @cache
