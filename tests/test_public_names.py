@@ -29,6 +29,16 @@ OLD_PATHS = {
     "hqq.engine.base": ["HQQWrapper"],
     "hqq.engine.hf": ["AutoTokenizer", "HQQModelForCausalLM"],
     "hqq.engine.timm": ["HQQtimm"],
+    "hqq.utils.generation_hf": ["HFGenerator", "patch_model_for_compiled_runtime"],
+    "hqq.utils.patching": [
+        "patch_add_quant_config",
+        "patch_add_weight_param",
+        "patch_hqq_inference",
+        "patch_linearlayers",
+        "patch_lora_inference",
+        "prepare_for_inference",
+        "recommended_inductor_config_setter",
+    ],
 }
 
 STAR_NAMES = {

@@ -1,0 +1,210 @@
+"""One decoding step over buffers that stay in place: run as it is, compiled, or repeated as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hqq.models.generation.sampling import Sampling
+from hqq.models.generation.transformers_cache import CachedModel, empty_mask, vocabulary_size
+
+Compile = Mapping[str, Any]
+
+# Modes of torch.compile that record CUDA graphs themselves -> the same without.
+_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+
+
+class Decoder:
+    """The state of a batch of `batch` texts of up to `length` tokens, and the step that adds a token to each.
+
+    Every tensor that a step reads or writes lives here and is changed in place: one graph serves all steps and all
+    prompts.
+
+    Args:
+        model: a causal language model of transformers.
+        batch, length: rows, and positions of the static cache.
+        device: where tokens go and come from.
+        sampling: how tokens are chosen; `generator` draws the random numbers for it.
+        ends, pad: tokens that end a row, and the token that follows them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: int,
+        length: int,
+        device: torch.device,
+        sampling: Sampling,
+        ends: Sequence[int],
+        pad: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.model, self.sampling, self.pad, self.generator = (
+            CachedModel(model, length),
+            sampling,
+            pad,
+            generator,
+        )
+        self.batch, self.length = batch, length
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.position_ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.cache_position = torch.zeros(1, dtype=torch.long, device=device)
+        self.attention_mask = empty_mask(batch, length, device)
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        # Prompt and new tokens; the last token needs no place in the cache.
+        self.ids = torch.zeros(batch, length + 1, dtype=torch.long, device=device)
+        self._ends = torch.tensor(list(ends), dtype=torch.long, device=device)
+        shape = (batch, vocabulary_size(model))
+        self._noise = torch.ones(shape, device=device) if sampling.draws else None
+        self._seen = torch.zeros(shape, dtype=torch.bool, device=device) if sampling.remembers else None
+        self._prefill: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = self.model
+        self._step: Callable[[], None] = self._one_step
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._to_capture = self._compiled = False
+        self._warm = False
+
+    # How it runs
+
+    def compile_step(self, options: Compile) -> None:
+        """Compile the step with torch.compile's `options`; the first call does the work."""
+        for buffer in self._buffers():
+            # Or the graphs that torch.compile records would copy what the step changes in place.
+            torch._dynamo.mark_static_address(buffer)
+        self._step = torch.compile(_own_code(self._one_step), **{"dynamic": False, **options})
+        self._compiled = True
+
+    def compile_prefill(self, options: Compile) -> None:
+        """Compile the pass over the prompt as well, for all prompt lengths."""
+        options = {**without_graphs(options), "dynamic": True}
+        self._prefill = torch.compile(_own_code(self.model.__call__), **options)
+        self._allocate()
+
+    def capture_next(self) -> None:
+        """Record the next step as a CUDA graph and repeat that from then on; raises BackendError if it cannot be."""
+        self.model.check_capturable(self._compiled)
+        self._to_capture = True
+
+    @torch.no_grad()
+    def _allocate(self) -> None:
+        """Have the cache allocate itself now: tensors made inside a compiled graph may not outlive the call."""
+        one = torch.zeros(self.batch, 1, dtype=torch.long, device=self.token.device)
+        self.model(one, one + 1, one, one[0])
+        self.model.reset()
+
+    # What it does
+
+    @torch.no_grad()
+    def start(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Begin with a left-padded batch of prompts [B, M] and return the tokens [B, 1] that follow them."""
+        tokens = input_ids.shape[1]
+        self.model.reset()
+        self.finished.zero_()
+        self.attention_mask.zero_()
+        self.attention_mask[:, :tokens] = attention_mask
+        self.ids.fill_(self.pad)
+        self.ids[:, :tokens] = input_ids
+        # Padding gets position 0, which nothing attends to.
+        positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
+        if self._seen is not None:
+            self._seen.zero_()
+            there = torch.zeros_like(self._seen, dtype=torch.long)
+            self._seen.copy_(there.scatter_add(1, input_ids, attention_mask) > 0)
+        self._draw()
+        where = torch.arange(tokens, device=input_ids.device)
+        logits = self._prefill(input_ids, attention_mask, positions, where)
+        self.position_ids.copy_(positions[:, -1:])
+        self.cache_position.fill_(tokens - 1)
+        self._advance(logits)
+        return self.token
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Feed `token` and return the tokens [B, 1] that follow, which are in `token` then."""
+        self._draw()
+        if self._to_capture:
+            self._capture()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._step()
+        return self.token
+
+    def _one_step(self) -> None:
+        self.attention_mask.index_fill_(1, self.cache_position, 1)
+        self._advance(self.model(self.token, self.attention_mask, self.position_ids, self.cache_position))
+
+    def _advance(self, logits: Tensor) -> None:
+        """Choose a token for each row by `logits` [B, V] and make it the next one to feed."""
+        token = self.sampling.choose(logits.to(self.token.device), self._noise, self._seen)
+        if self._seen is not None:
+            self._seen.scatter_(1, token, True)
+        token = torch.where(self.finished[:, None], self.pad, token)
+        self.finished.logical_or_(torch.isin(token[:, 0], self._ends))
+        self.token.copy_(token)
+        self.position_ids.add_(1)
+        self.cache_position.add_(1)
+        self.ids.index_copy_(1, self.cache_position, token)
+
+    def _draw(self) -> None:
+        if self._noise is not None:
+            self._noise.exponential_(generator=self.generator)
+
+    # CUDA graphs
+
+    def _buffers(self) -> list[Tensor]:
+        optional = [buffer for buffer in (self._noise, self._seen) if buffer is not None]
+        state = [
+            self.token,
+            self.position_ids,
+            self.cache_position,
+            self.attention_mask,
+            self.finished,
+            self.ids,
+        ]
+        return state + optional
+
+    def _capture(self) -> None:
+        """Record the step. Trying it and recording it change the state, which is put back."""
+        kept = [(buffer, buffer.clone()) for buffer in (*self._buffers(), *self.model.lengths())]
+
+        def put_back() -> None:
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # what is compiled, tuned or allocated at the first calls must not be recorded
+                self._step()
+                put_back()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        put_back()
+        self._graph, self._to_capture = graph, False
+
+
+def without_graphs(options: Compile) -> dict[str, Any]:
+    """Return torch.compile's `options` with a mode that records no CUDA graphs itself."""
+    mode = options.get("mode")
+    return {**options, "mode": _WITHOUT_GRAPHS[mode]} if mode in _WITHOUT_GRAPHS else dict(options)
+
+
+def _own_code(method: Any) -> Callable[..., Any]:
+    """Return `method` with a code object of its own.
+
+    torch.compile keeps its graphs, and the limit of how many there may be, by code object: decoders of other models,
+    batches and lengths would use up each other's.
+    """
+    function = method.__func__
+    code = function.__code__.replace()
+    own = FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    bound: Callable[..., Any] = own.__get__(method.__self__)
+    return bound
