@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hqq {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_quantize, _add_inspect, _add_eval, _add_generate, _add_convert):
+    for add in (_add_quantize, _add_inspect, _add_eval, _add_generate, _add_convert, _add_doctor):
         _add_common(add(commands))
     return parser
 
@@ -139,6 +139,13 @@ def _add_convert(commands: _Commands[argparse.ArgumentParser]) -> argparse.Argum
     command.add_argument("out", metavar="DST", help="folder to write")
     _add_target(command, default=None)
     return command
+
+
+def _add_doctor(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    text = (
+        "Say what works on this machine. Libraries and their versions, devices, backends and why others fail."
+    )
+    return _command(commands, "doctor", "doctor", text)
 
 
 def _add_placement(command: argparse.ArgumentParser) -> None:
