@@ -72,25 +72,36 @@ _LARGE_BYTES = 64 << 20
 # The shipped choices, measured on an H200 (see docs/kernels.md), by kind of groups and codes per packed element, with
 # `block` for 16-bit results.
 _LARGE = {
-    ("rows", 1): Config(2048, 4, 1, 0, 16, 2048, 1),
-    ("rows", 2): Config(1024, 4, 1, 0, 16, 2048, 1),
-    ("rows", 4): Config(1024, 4, 1, 0, 16, 2048, 1),
-    ("rows", 8): Config(1024, 4, 1, 0, 16, 2048, 1),
-    ("rows", 10): Config(1024, 4, 1, 0, 16, 2048, 1),
-    ("columns", 1): Config(1024, 4, 2, 1792, 16, 2048, 1),
-    ("columns", 2): Config(1024, 4, 1, 1792, 16, 2048, 1),
-    ("columns", 4): Config(1024, 4, 1, 1792, 16, 2048, 1),
-    ("columns", 8): Config(1024, 4, 1, 1792, 16, 2048, 1),
-    ("columns", 10): Config(1024, 4, 1, 1792, 16, 2048, 1),
+    ("rows", 1): Config(2048, 8, 1, 0, 8, 1024, 1),
+    ("rows", 2): Config(1024, 4, 1, 0, 8, 2048, 1),
+    ("rows", 4): Config(1024, 4, 1, 0, 8, 3072, 1),
+    ("rows", 8): Config(1024, 4, 1, 0, 8, 3072, 1),
+    ("rows", 10): Config(1024, 4, 1, 0, 4, 1024, 1),
+    ("columns", 1): Config(1024, 4, 2, 1792, streaming=1),
+    ("columns", 2): Config(1024, 4, 1, 1792, 4, 1024, 1),
+    ("columns", 4): Config(1024, 4, 1, 1792, 16, 1024, 1),
+    ("columns", 8): Config(1024, 4, 1, 1792, 16, 1024, 1),
+    ("columns", 10): Config(1024, 4, 1, 1792, streaming=1),
 }
-_SMALL = {"rows": Config(2048, 4, 1), "columns": Config(1024, 4, 4)}
+_SMALL = {
+    ("rows", 1): Config(2048, 4, 2, overlap=2),
+    ("rows", 2): Config(2048, 4, 1, streaming=1),
+    ("rows", 4): Config(1024, 2, 2),
+    ("rows", 8): Config(2048, 4, 1, overlap=2),
+    ("rows", 10): Config(1024, 4, 1, overlap=2),
+    ("columns", 1): Config(1024, 2, 4, overlap=2),
+    ("columns", 2): Config(1024, 4, 2, overlap=2),
+    ("columns", 4): Config(2048, 8, 4, overlap=0),
+    ("columns", 8): Config(2048, 8, 2),
+    ("columns", 10): Config(2048, 4, 1, streaming=1),
+}
 
 
 def default_config(view: MatrixView, fields: int, out_itemsize: int) -> Config:
     """Return the shipped choice for `view`, whose packed elements hold `fields` codes each."""
     kind = "columns" if view.groups == "columns" else "rows"
     large = view.rows * view.columns * out_itemsize >= _LARGE_BYTES
-    config = _LARGE[kind, fields] if large else _SMALL[kind]
+    config = (_LARGE if large else _SMALL)[kind, fields]
     block = config.block * 2 // out_itemsize
     steps = config.steps
     if kind == "columns":
