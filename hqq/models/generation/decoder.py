@@ -143,7 +143,7 @@ class Decoder:
         if self._seen is not None:
             self._seen.scatter_(1, token, True)
         token = torch.where(self.finished[:, None], self.pad, token)
-        self.finished.logical_or_(torch.isin(token[:, 0], self._ends))
+        self.finished.logical_or_((token == self._ends).any(-1))
         self.token.copy_(token)
         self.position_ids.add_(1)
         self.cache_position.add_(1)

@@ -68,6 +68,10 @@ class CachedModel:
         from transformers.cache_utils import StaticLayer
         from transformers.utils import import_utils
 
+        devices = {p.device for p in self.model.parameters()}
+        if len(devices) != 1 or next(iter(devices)).type != "cuda":
+            names = ", ".join(sorted(map(str, devices)))
+            raise BackendError(f"got a model on {names}; CUDA graphs need all of it on one CUDA device")
         others = sorted(
             {type(layer).__name__ for layer in self.cache.layers if type(layer) is not StaticLayer}
         )
@@ -81,10 +85,6 @@ class CachedModel:
                 "got a transformers older than 5, which reads the attention mask on the host in each step; for CUDA "
                 'graphs use compile="partial", or a newer transformers'
             )
-        devices = {p.device for p in self.model.parameters()}
-        if len(devices) != 1 or next(iter(devices)).type != "cuda":
-            names = ", ".join(sorted(map(str, devices)))
-            raise BackendError(f"got a model on {names}; CUDA graphs need all of it on one CUDA device")
 
 
 def _without_window(layer: Any, length: int) -> Any:
