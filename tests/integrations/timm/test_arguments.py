@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from hqq.core.quantize import BaseQuantizeConfig
 from hqq.engine.timm import HQQtimm
@@ -103,42 +102,3 @@ def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     model.save_quantized(str(tmp_path / "q"))  # type: ignore[operator]
     with pytest.raises(CheckpointError, match="without the name of a timm model"):
         HQQtimm.from_quantized(str(tmp_path / "q"), device="cpu")
-
-
-class ReadsWeight(nn.Module):
-    """As timm's BEiT attention: the bias is not the layer's own, so the layer is not called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.proj = nn.Linear(32, 96, bias=False), nn.Linear(32, 32)
-        self.q_bias = nn.Parameter(torch.randn(96))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = F.linear(x, weight=self.qkv.weight, bias=self.q_bias).chunk(3, -1)
-        if self.proj.weight.dtype == torch.float32:  # only asks: no product
-            q = q * 1
-        return self.proj(q + k + v)
-
-
-class ReadsTransposed(ReadsWeight):
-    """The other ways to write it, in a subclass."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.proj.weight.t() + torch.einsum("bi,oi->bo", x, self.qkv.weight[:32])
-
-
-@pytest.mark.parametrize(("cls", "read"), [(ReadsWeight, {"qkv"}), (ReadsTransposed, {"qkv", "proj"})])
-@torch.no_grad()
-def test_layers_whose_weight_is_read_stay_whole(
-    cls: type[nn.Module], read: set[str], rng: torch.Generator
-) -> None:
-    from hqq import QuantConfig, quantize_model
-
-    model = nn.Sequential(cls(), nn.Linear(32, 32))
-    x = torch.randn(4, 32, generator=rng)
-    before = model(x)
-    report = quantize_model(model, QuantConfig(nbits=8, group_size=32), progress=False)
-    left = {row.name: row.reason for row in report.left}
-    assert set(left) == {f"0.{name}" for name in read}
-    assert set(left.values()) == {f"{cls.__name__} reads this layer's weight directly"}
-    assert torch.linalg.vector_norm(model(x) - before) < 0.05 * torch.linalg.vector_norm(before)
