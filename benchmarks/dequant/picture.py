@@ -44,7 +44,7 @@ def draw(results: list[dict[str, Any]], gpu: str, path: Path) -> None:
     panels[0].set_ylabel("fraction of the measured bandwidth")
     handles, labels = panels[1].get_legend_handles_labels()  # the CUDA extension has no axis 1
     panels[0].legend(handles, labels, frameon=False, fontsize=8, ncols=2, loc="upper left")
-    figure.suptitle(f"Dequantising {_SHAPE.replace('x', '×')} to bfloat16, groups of 64, {gpu}", fontsize=11)
+    figure.suptitle(f"Dequantising {_SHAPE} to bfloat16, groups of 64, {gpu}", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
