@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 # The tests run two at a time; more threads than cores would only get in each other's way.
 JOBS ?= 2
 
-.PHONY: demo test lint types unit venv bench-cpu clean
+.PHONY: demo test lint types unit venv matrix bench-cpu clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,10 @@ unit: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 venv: $(VENV)/dev.stamp
+
+# The transformers tests in an environment of each supported version: minutes, and gigabytes in .venv-matrix.
+matrix:
+	$(PYTHON) tests/matrix/run.py
 
 # HQQ_ORIGINAL_PYTHON: the Python of an environment with the original hqq, to compare with (see docs/design.md).
 bench-cpu: $(VENV)/dev.stamp
