@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hqq.core.quantized_module import QuantizedModule
+from hqq.integrations.transformers.casting import allow_casts
 from hqq.integrations.transformers.finish import prefer_single_experts
 from hqq.integrations.transformers.versions import support
 
@@ -36,6 +37,7 @@ def on_quantized(model: nn.Module) -> None:
     adopted.quantization_method = QuantizationMethod.HQQ
     adopted.config._is_quantized = True
     prefer_single_experts(model)
+    allow_casts()
     if support().need == "loader":
         from hqq.integrations.transformers.conversions import keep_reversible
 

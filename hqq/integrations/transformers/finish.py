@@ -10,6 +10,7 @@ from torch import nn
 from hqq.core.experts import HQQExperts
 from hqq.core.quantized_module import QuantizedModule
 from hqq.errors import HQQError
+from hqq.integrations.transformers.casting import allow_casts
 from hqq.integrations.transformers.session import Session
 from hqq.integrations.transformers.summary import report
 
@@ -25,6 +26,7 @@ def finish(session: Session) -> None:
         session.refuse_absent(name for name in session.plan.weights if not session.is_loaded(name))
     _settle_biases(session)
     prefer_single_experts(model)
+    allow_casts()
     model.is_hqq_quantized = True  # type: ignore[assignment]
     model.is_hqq_serializable = True  # type: ignore[assignment]
     model.hqq_summary = report(model, session.plan.left)  # type: ignore[assignment]

@@ -9,7 +9,7 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import HqqConfig
 
-from hqq.core.config import BaseQuantizeConfig
+from hqq.core.config import BaseQuantizeConfig, QuantConfig
 from hqq.core.experts import HQQExperts
 from hqq.core.linear import HQQLinear
 from hqq.errors import HQQError
@@ -180,6 +180,34 @@ class TestForward:
         model = open_model(folders("opt"), torch.float16, quantization_config=config(8))
         model.to("cpu", torch.bfloat16)
         assert {layer.weight.dtype for layer in quantized(model).values()} == {torch.bfloat16}
+        given = inputs(model)
+        assert torch.equal(logits(model, given), logits(make_dense(model), given))
+
+    @pytest.mark.parametrize("source", ["from_pretrained", "quantize_model"])
+    @pytest.mark.parametrize(
+        ("cast", "dtype"),
+        [
+            (lambda model: model.to(dtype=torch.float32), torch.float32),
+            (lambda model: model.to(torch.float32), torch.float32),
+            (lambda model: model.to(device="cpu", dtype=torch.float16), torch.float16),
+            (lambda model: model.half(), torch.float16),
+            (lambda model: model.float(), torch.float32),
+        ],
+        ids=["dtype keyword", "dtype", "device and dtype", "half", "float"],
+    )
+    def test_casts_as_any_module(
+        self, cast: Callable[[nn.Module], nn.Module], dtype: torch.dtype, source: str, folders: Any
+    ) -> None:
+        if source == "from_pretrained" and not REPAIRED:
+            pytest.skip("transformers 4.56 is left as it is")
+        settings = config(8) if source == "from_pretrained" else None
+        model = open_model(folders("llama"), torch.bfloat16, quantization_config=settings)
+        if source == "quantize_model":
+            from hqq.models.quantize import quantize_model
+
+            quantize_model(model, QuantConfig(nbits=8, group_size=32), progress=False)
+        assert cast(model) is model
+        assert {layer.compute_dtype for layer in quantized(model).values()} == {dtype}
         given = inputs(model)
         assert torch.equal(logits(model, given), logits(make_dense(model), given))
 
