@@ -23,7 +23,7 @@ from hqq.errors import (
     NotQuantizedError,
     ShapeError,
 )
-from hqq.models.checkpoint import describe_checkpoint
+from hqq.models.checkpoint import convert_checkpoint, describe_checkpoint
 
 
 def make_model(width: int = 32) -> nn.Module:
@@ -232,3 +232,12 @@ def test_buffers_that_nothing_can_fill(tmp_path: Path) -> None:
         skeleton = Rotating()
     with pytest.raises(CheckpointError, match="angles are on the meta device.*empty_weights"):
         load_quantized(tmp_path / "m", model=skeleton)
+
+
+def test_converting_takes_quantised_checkpoints_only(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    save_file(make_model().state_dict(), tmp_path / "full" / "model.safetensors")
+    (tmp_path / "full" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds no quantised layer"):
+        convert_checkpoint(tmp_path / "full", tmp_path / "target", format="pt")
+    assert not (tmp_path / "target").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hqq.errors import CheckpointError
 from hqq.models.checkpoint.config_file import (
     GENERATION_CONFIG,
     TOKENIZER_FILES,
@@ -41,6 +42,10 @@ def convert_checkpoint(
     disk = disk or Disk()
     directory = locate(source, cache_dir)
     opened = open_source(directory, mapped=True)
+    if not opened.layers:
+        raise CheckpointError(
+            f"got {directory}, which holds no quantised layer; expected a checkpoint that hqq wrote"
+        )
     content = read_json(directory / CONFIG) if (directory / CONFIG).exists() else {}
     content.setdefault("quantization_config", describe_source(opened))
 
