@@ -1,6 +1,7 @@
-"""Quantise linear layers on the CPU with solver="hqq", against the original hqq on the same machine.
+"""Quantise linear layers on the CPU, with solver="hqq" or another, against the original hqq on the same machine.
 
-    python -m benchmarks.cpu_solver --original-python PATH [--threads 1 2] [--repetitions 9] [--output FILE]
+    python -m benchmarks.cpu_solver --original-python PATH [--solver hqq] [--threads 1 2] [--repetitions 9]
+        [--output FILE]
 
 PATH is the Python of an environment with `hqq==0.2.8.post1`; without it only this package is timed. Both sides run
 in their own interpreter and take turns, so that both see the same machine; what is reported is the median, and the
@@ -139,6 +140,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--original-python", help="Python of an environment with the original hqq")
+    parser.add_argument("--solver", default="hqq", help="ours; the original has but one")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu_solver.json")
@@ -149,7 +151,8 @@ def main() -> None:
             file = str(Path(folder) / f"{name}.safetensors")
             save_file(weights, file)
             for threads, nbits, axis in itertools.product(arguments.threads, (8, 4, 2), (1, 0)):
-                case = {"nbits": nbits, "axis": axis, "group_size": GROUP_SIZE, "threads": threads}
+                case: dict[str, Any] = {"nbits": nbits, "axis": axis, "group_size": GROUP_SIZE}
+                case |= {"threads": threads, "solver": arguments.solver}
                 measured = measure(sides, {"weights": file, **case}, arguments.repetitions)
                 elements = sum(W.numel() for W in weights.values())
                 rows.append({"weights": name, "elements": elements, **case, **measured})

@@ -1,9 +1,9 @@
 """One side of `cpu_solver`: quantises a set of weights when told to, and says how long it took.
 
 Runs in any interpreter that has torch, safetensors and an `hqq` with the original's interface. Reads one JSON request
-a line from standard input, {"weights": file, "nbits": n, "axis": a, "group_size": g, "threads": t}, and answers each
-with one line, {"seconds": s, "cpu_seconds": of all threads, "digest": of the packed codes of every layer}; first it
-says who it is.
+a line from standard input, {"weights": file, "nbits": n, "axis": a, "group_size": g, "threads": t, "solver": s}, and
+answers each with one line, {"seconds": s, "cpu_seconds": of all threads, "digest": of the packed codes of every
+layer}; first it says who it is.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def layers(path: str) -> list[nn.Linear]:
 
 
 def settings(request: dict[str, Any]) -> Any:
-    """Return the configuration asked for, with the original's solver named where there is a choice."""
+    """Return the configuration asked for; the original has no choice of solvers, and ignores it."""
     options = {key: request[key] for key in ("nbits", "group_size", "axis")}
     if "solver" in inspect.signature(BaseQuantizeConfig).parameters:
-        options["solver"] = "hqq"
+        options["solver"] = request["solver"]
     return BaseQuantizeConfig(**options)
 
 
