@@ -217,9 +217,9 @@ def test_strange_groups(
     size = W.double().square().sum(1)
     # Constant groups come out exact.
     assert bool((mine[:3] <= size[:3] * 1e-12).all())
-    # Which of several minima that nearly tie a group ends in hangs on rounding, and the iteration that "hqq" stops at on
-    # the sum over all groups. So single groups may differ, but not what all of them lose together. Group 3 is left
-    # out: at the least step that there is, the search has no room.
+    # Which of several minima that nearly tie a group ends in hangs on rounding, and the iteration that "hqq" stops at
+    # hangs on the sum over all groups. So single groups may differ, but not what all of them lose together. Group 3 is
+    # left out: at the least step that there is, the search has no room.
     share = [k for k in range(4, len(W)) if float(size[k]) > 0]
     lost, reference_lost = (float((part[share] / size[share]).sum()) for part in (mine, theirs))
     assert lost <= 1.1 * reference_lost + 1e-6, (mine, theirs)

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from hqq.core.solvers.als_search import Columns, free_fit, search, start_lattices, zero_fit, zero_of
 from hqq.core.solvers.als_storage import Judge, store
 from hqq.core.solvers.base import Solution
-from hqq.core.solvers.columns import for_each_block, plan
+from hqq.core.solvers.columns import plan
 from hqq.core.solvers.min_max import min_max_lattice, solve_min_max, span_about
 from hqq.errors import ConfigError, ShapeError, WeightError
 
@@ -54,7 +54,8 @@ def solve_als(
     if dim is None:
         return solve_min_max(W, dim, max_code, round_zero=round_zero, storage_dtype=storage_dtype)
     job = _Job(W, dim, max_code, storage_dtype, zero_mode, importance)
-    for_each_block(job.layout, job.run, W.device)
+    # On one thread: these operations are so short that threads would mostly wait for each other's Python.
+    job.run(list(job.layout.blocks()))
     return job.solution()
 
 
@@ -110,13 +111,9 @@ class _Job:
         scale = span_about(W, self.dim, self.zero, self.max_code)
         return scale, torch.full_like(scale, self.zero)
 
+    @torch.no_grad()
     def run(self, blocks: Sequence[slice]) -> None:
-        """Solve the groups of `blocks`, on any thread."""
-        # Each thread has a gradient mode of its own, and tensors made in inference mode are written to in it only.
-        with torch.inference_mode(self.codes.is_inference()), torch.no_grad():
-            self._solve_blocks(blocks)
-
-    def _solve_blocks(self, blocks: Sequence[slice]) -> None:
+        """Solve the groups of `blocks`."""
         shape = (self.layout.rows, self.layout.columns)
         tiles = [self.groups.new_empty(shape) for _ in range(4)]
         weights = self.groups.new_empty(shape) if self.importance is not None or self.layout.padded else None

@@ -9,8 +9,7 @@ number of groups: sums run down whole vectors of columns in an order that `rows`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -98,25 +97,6 @@ def plan(groups: int, length: int, device: torch.device) -> Layout:
     split = -(-length // rows)
     tile = _CPU_TILE if device.type == "cpu" else _DEVICE_TILE
     most = max(tile // rows // _COLUMN_STEP * _COLUMN_STEP // split, 1)
+    # Equal tiles: one costs what it holds and what it could hold.
     tiles = -(-groups // most)
-    if tiles > 1:
-        # Equal shares for all threads: a tile costs what it holds and what it could hold.
-        workers = _workers(device)
-        tiles = -(-tiles // workers) * workers
     return Layout(groups, length, rows, split, -(-groups // tiles))
-
-
-def _workers(device: torch.device) -> int:
-    return torch.get_num_threads() if device.type == "cpu" else 1
-
-
-def for_each_block(layout: Layout, work: Callable[[Sequence[slice]], None], device: torch.device) -> None:
-    """Give `work` all blocks of `layout`, on the CPU shared out over as many threads as torch would use."""
-    blocks = list(layout.blocks())
-    workers = min(_workers(device), len(blocks))
-    if workers == 1:
-        work(blocks)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(work, blocks[k::workers]) for k in range(workers)]:
-            done.result()
