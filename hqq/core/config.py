@@ -13,7 +13,8 @@ from hqq.errors import ConfigError
 
 LegacyConfig = dict[str, Any]
 
-_WEIGHT_KEYS = ("nbits", "channel_wise", "group_size", "optimize", "round_zero", "axis", "view_as_float")
+# The keys of weight_quant_params, in the order that checkpoints have them.
+WEIGHT_KEYS = ("nbits", "channel_wise", "group_size", "optimize", "round_zero", "axis", "view_as_float")
 _SECTIONS = ("weight_quant_params", "scale_quant_params", "zero_quant_params")
 
 SCALE_PARAMS: Mapping[str, Any] = {"nbits": 8, "channel_wise": True, "group_size": 128, "optimize": False}
@@ -141,11 +142,11 @@ def complete_config(config: Mapping[str, Any]) -> LegacyConfig:
     weight = {"channel_wise": True, "optimize": True, "round_zero": False, "axis": 0, "view_as_float": False}
     weight.update(config["weight_quant_params"])
     missing = [key for key in ("nbits", "group_size") if key not in weight]
-    extra = set(weight) - {*_WEIGHT_KEYS, "solver", "zero_mode"}
+    extra = set(weight) - {*WEIGHT_KEYS, "solver", "zero_mode"}
     if missing or extra:
         raise ConfigError(
             f"got weight_quant_params with missing {missing} and unknown {sorted(extra)}; "
-            f"expected {', '.join(_WEIGHT_KEYS)} and optionally solver and zero_mode"
+            f"expected {', '.join(WEIGHT_KEYS)} and optionally solver and zero_mode"
         )
     complete: LegacyConfig = {"weight_quant_params": weight}
     for section in ("scale_quant_params", "zero_quant_params"):

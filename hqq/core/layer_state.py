@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hqq.core.config import WEIGHT_KEYS
 from hqq.core.meta import meta_of, qtensor_from_meta
 from hqq.core.qtensor import QTensor
 from hqq.core.wire import LAYER_KEYS, NESTED_KEYS, QUANTIZED_STAT_KEYS, decode_state, encode_state
@@ -16,7 +17,6 @@ from hqq.errors import CorruptCheckpointError, HQQError, MissingKeysError, Shape
 if TYPE_CHECKING:
     from hqq.core.quantized_module import QuantizedModule
 
-_WEIGHT_PARAMS = ("nbits", "channel_wise", "group_size", "optimize", "round_zero", "axis", "view_as_float")
 _REQUIRED = ("W_q", "nbits", "shape", "axis")
 _KNOWN = {
     *LAYER_KEYS,
@@ -42,7 +42,7 @@ def layer_state(layer: QuantizedModule, encoded: bool) -> dict[str, Any]:
     state["stores_quant_config"] = True
     params = (layer.quant_config or {}).get("weight_quant_params", {})
     defaults = {"channel_wise": q.spec.channel_wise, "optimize": True, "round_zero": False}
-    for key in _WEIGHT_PARAMS:
+    for key in WEIGHT_KEYS:
         if key not in state:
             state[key] = params.get(key, defaults.get(key))
     return encode_state(state) if encoded else state

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hqq.core.config import WEIGHT_KEYS
 from hqq.errors import CheckpointError
 from hqq.models.checkpoint.config_file import (
     GENERATION_CONFIG,
@@ -18,8 +19,6 @@ from hqq.models.checkpoint.load import FileSource, open_source
 from hqq.models.checkpoint.safetensors_writer import parse_size, shards_by_size
 from hqq.models.checkpoint.save import write_directory, write_source
 from hqq.models.quantization_config import quantization_config
-
-_WEIGHT_PARAMS = ("nbits", "channel_wise", "group_size", "optimize", "round_zero", "axis", "view_as_float")
 
 
 def convert_checkpoint(
@@ -68,7 +67,7 @@ def describe_source(source: FileSource) -> dict[str, Any]:
             "round_zero": state["nbits"] == 4,
             "view_as_float": False,
         }
-        weight = {key: state.get(key, defaults.get(key)) for key in _WEIGHT_PARAMS}
+        weight = {key: state.get(key, defaults.get(key)) for key in WEIGHT_KEYS}
         sections = {f"{stat}_quant_params": _section(state.get(f"meta_{stat}")) for stat in ("scale", "zero")}
         offload = bool(state.get("offload_meta"))
         configs[name] = {"weight_quant_params": weight, **sections, "offload_meta": offload}
