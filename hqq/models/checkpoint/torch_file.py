@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -179,9 +180,12 @@ def _check_sums(path: Path) -> None:
 
 
 def _load(path: Path, mapped: bool) -> Any:
-    if mapped:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:
-            pass  # written without zip, which cannot be mapped, or damaged: the plain way tells
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        # Bytes that are no pickle at all may look like one of an unknown protocol: the error that follows says enough.
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")
+        if mapped:
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:
+                pass  # written without zip, which cannot be mapped, or damaged: the plain way tells
+        return torch.load(path, map_location="cpu", weights_only=True)
