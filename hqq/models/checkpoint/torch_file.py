@@ -65,6 +65,7 @@ _DAMAGE = (
     RuntimeError,
     EOFError,
     KeyError,
+    IndexError,
     ValueError,
     OSError,
     NotImplementedError,
