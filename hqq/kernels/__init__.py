@@ -9,6 +9,10 @@ _EXPORTS = {
     "dequantize": "hqq.kernels.dequant",
     "dequantize_qtensor": "hqq.kernels.dequant",
     "solve_and_pack": "hqq.kernels.solve",
+    "TiledWeight": "hqq.kernels.tiled_weight",
+    "tiled_dequantize": "hqq.kernels.tiled_linear",
+    "tiled_linear": "hqq.kernels.tiled_linear",
+    "tiled_support": "hqq.kernels.tiled_weight",
     "unavailable_reason": "hqq.kernels.availability",
 }
 
@@ -19,6 +23,10 @@ if TYPE_CHECKING:
     from hqq.kernels.dequant import dequantize as dequantize
     from hqq.kernels.dequant import dequantize_qtensor as dequantize_qtensor
     from hqq.kernels.solve import solve_and_pack as solve_and_pack
+    from hqq.kernels.tiled_linear import tiled_dequantize as tiled_dequantize
+    from hqq.kernels.tiled_linear import tiled_linear as tiled_linear
+    from hqq.kernels.tiled_weight import TiledWeight as TiledWeight
+    from hqq.kernels.tiled_weight import tiled_support as tiled_support
 
 
 def __getattr__(name: str) -> Any:
