@@ -124,7 +124,7 @@ class HQQLinear(QuantizedModule):
             if section is not None:
                 _quantize_stat(meta, name, section)
         q = qtensor_from_meta(W_q, meta)
-        check_representable(q, self.compute_dtype, W)
+        check_representable(q, self.compute_dtype)
         self._device = target
         self._set_qtensor(q)
         self.quant_config = {

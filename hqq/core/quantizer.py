@@ -64,9 +64,11 @@ def quantize_tensor(
         nbits, tuple(tensor.shape), group_size, axis, FORMAT_OF_BITS[nbits], channel_wise=channel_wise
     )
     solver = solver or DEFAULT_SOLVER
-    usual = zero_mode is None or (zero_mode == "float" and solver == "als")
-    if optimize and channel_wise and optimize_weights is None and importance is None and usual:
-        q = solve_fused(tensor, spec, solver, storage_dtype=storage_dtype, round_zero=round_zero)
+    get_solver(solver)
+    usual = zero_mode is None or (zero_mode == "float" and solver == "als" and optimize)
+    if channel_wise and importance is None and usual and not (optimize and optimize_weights is not None):
+        fused = solver if optimize else "minmax"
+        q = solve_fused(tensor, spec, fused, storage_dtype=storage_dtype, round_zero=round_zero)
         if q is not None:
             return q
     W = spec.grouping.group(tensor.detach().float())

@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hqq.core.qtensor import QTensor, dequantize
+from hqq.core.verdicts import expect
 from hqq.errors import QuantizationWarning, WeightError
 
 # Below this, float16 keeps less than three bits of a scale (its numbers are 2^-24 apart there).
 _COARSE_FLOAT16 = 2.0**-21
 
 
-def check_representable(q: QTensor, compute_dtype: torch.dtype, W: Tensor) -> None:
-    """Raise WeightError if `q`, which stands for the weight `W`, has values beyond `compute_dtype`'s largest.
+def check_representable(q: QTensor, compute_dtype: torch.dtype) -> None:
+    """Raise WeightError if `q` stands for values beyond `compute_dtype`'s largest.
 
-    Warns with QuantizationWarning where float16 is too coarse for the scales of very small weights.
+    Warns with QuantizationWarning where float16 is too coarse for the scales of very small weights. Inside `collected`
+    both wait until the verdicts are asked for.
     """
     scale, zero = (_cast(stat, compute_dtype) for stat in (q.scale, q.zero))
+    # Nothing dequantised is larger than this; the factor leaves room for rounding. Nearly always that settles it.
+    bound = 2 * _largest(scale) * (_largest(zero) + q.spec.max_code)
+    good = bound <= torch.finfo(compute_dtype).max
+    if compute_dtype == torch.float16:
+        good = good & (scale.amin() >= _COARSE_FLOAT16)
+    expect(good, partial(_look_closer, q, scale, zero, compute_dtype))
+
+
+def _largest(stat: Tensor) -> Tensor:
+    largest: Tensor = torch.linalg.vector_norm(stat, math.inf)
+    return largest.float()
+
+
+def _look_closer(q: QTensor, scale: Tensor, zero: Tensor, compute_dtype: torch.dtype) -> None:
     # Every dequantised value lies between the ends of its group's lattice.
     ends = torch.cat([((code - zero) * scale).flatten() for code in (0, q.spec.max_code)])
     if not bool(torch.isfinite(ends).all()) and not bool(
         torch.isfinite(dequantize(q.W_q, scale, zero, q.spec, compute_dtype)).all()
     ):
+        reach = float(_largest(q.dequantize(torch.float64)))
         limit = torch.finfo(compute_dtype).max
         raise WeightError(
-            f"got a weight that reaches {float(W.abs().max()):.3g}; it or its scale and zero go beyond "
+            f"got a weight that reaches {reach:.3g}; it or its scale and zero go beyond "
             f"{compute_dtype}'s largest, {limit:.3g}. Use compute_dtype=torch.bfloat16 or torch.float32"
         )
     if compute_dtype == torch.float16 and bool((scale < _COARSE_FLOAT16).any()):
@@ -35,7 +54,7 @@ def check_representable(q: QTensor, compute_dtype: torch.dtype, W: Tensor) -> No
             "got groups of weights so small that float16 rounds their values to multiples of 6e-8; "
             "use compute_dtype=torch.bfloat16 or torch.float32 if they matter",
             QuantizationWarning,
-            stacklevel=4,
+            stacklevel=6,
         )
 
 

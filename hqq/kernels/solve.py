@@ -10,9 +10,9 @@ from torch import Tensor
 from hqq.core.qtensor import QSpec, QTensor
 from hqq.errors import ConfigError, WeightError
 from hqq.kernels.availability import device_reason, unavailable_reason
-from hqq.kernels.solve_config import SolveConfig, blocks_for, longest_group
+from hqq.kernels.solve_config import SolveConfig, blocks_for, longest_group, shipped
 
-SOLVERS = ("als", "hqq")
+SOLVERS = ("als", "hqq", "minmax")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST_TRITON = (3, 3)  # the first with tuples in kernels
 
@@ -57,15 +57,15 @@ def solve_and_pack(
 ) -> tuple[QTensor, Tensor]:
     """Solve all groups of `W` and pack their codes, on W's device and its current stream, without synchronising.
 
-    Codes are those of the torch reference of the same solver, up to rounding: the order of sums differs, and ties
-    that it turns over.
+    "minmax" gives what its torch reference gives. Codes of the others are the reference's up to rounding: the order of
+    sums differs, and ties that it turns over.
 
     Args:
         W: float32, bfloat16 or float16 of spec.shape; not contiguous ones are copied first.
         spec: bits, grouping and pack format.
-        solver: "als" or "hqq".
+        solver: "als", "hqq" or "minmax".
         storage_dtype: dtype that scale and zero will be stored in.
-        round_zero: solver="hqq" starts from integer zeros.
+        round_zero: "hqq" starts from integer zeros, and "minmax" has them.
         config: block sizes, for those who measured.
 
     Returns packed codes with float32 scale and zero, and a tensor of flags on the device: a zero among them means that
@@ -81,11 +81,14 @@ def solve_and_pack(
     W = W.detach().contiguous()
     grouping, fmt = spec.grouping, spec.format
     assert fmt is not None
-    blocks = blocks_for(grouping.length, grouping.axis, W.element_size(), config or SolveConfig())
+    config = config or shipped(solver, grouping.axis, grouping.length)
+    blocks = blocks_for(grouping.length, grouping.axis, W.element_size(), config)
     if solver == "als":
         found = solve_launch.solve_als(W, spec, storage_dtype, blocks)
-    else:
+    elif solver == "hqq":
         found = solve_launch.solve_half_quadratic(W, spec, storage_dtype, blocks, round_zero=round_zero)
+    else:
+        found = solve_launch.solve_min_max(W, spec, storage_dtype, blocks, round_zero=round_zero)
     W_q = solve_launch.encode(W, found, spec, fmt)
     scale, zero = (stat.view(grouping.stat_shape) for stat in (found.scale, found.zero))
     return QTensor(W_q, scale, zero, spec), found.finite

@@ -21,6 +21,7 @@ from hqq.kernels.solve_als_kernel import als_kernel
 from hqq.kernels.solve_config import Blocks
 from hqq.kernels.solve_encode_kernel import encode_kernel
 from hqq.kernels.solve_hqq_kernel import iterate_kernel, pick_kernel, total_kernel
+from hqq.kernels.solve_min_max_kernel import min_max_kernel
 
 _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _INT32_LIMIT = 1 << 31
@@ -142,6 +143,36 @@ def solve_half_quadratic(
             BLOCK=_PICK_BLOCK,
             WIDE=history.numel() >= _INT32_LIMIT,
             num_warps=4,
+        )
+    return found
+
+
+def solve_min_max(
+    W: Tensor, spec: QSpec, storage_dtype: torch.dtype, blocks: Blocks, *, round_zero: bool
+) -> Lattices:
+    """Find the min-max lattices of `W` (contiguous) without synchronising."""
+    grouping = spec.grouping
+    found = Lattices(grouping.num_groups, blocks, W.device)
+    with _on(W.device):
+        min_max_kernel[(found.programs,)](
+            W,
+            found.scale,
+            found.zero,
+            found.inverse,
+            found.finite,
+            grouping.num_groups,
+            0,
+            BLOCK=blocks.block,
+            C=blocks.chunk,
+            T=blocks.tiles,
+            GS=grouping.length,
+            AXIS=grouping.axis,
+            MAX_CODE=spec.max_code,
+            STORAGE=_TL[storage_dtype],
+            ROUND_ZERO=round_zero,
+            WIDE=_wide(W),
+            num_warps=blocks.warps,
+            **_options(),
         )
     return found
 

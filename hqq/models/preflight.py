@@ -13,11 +13,17 @@ from hqq.core.config import QuantConfig
 from hqq.core.dtypes import check_compute_dtype
 from hqq.core.qtensor import QSpec
 from hqq.errors import ConfigError, DtypeError, HQQError, ShapeError, WeightError
+from hqq.models.placement import Placement
 from hqq.models.plan import Job
+from hqq.models.streaming import is_streamed
 
 
-def check_jobs(jobs: Iterable[Job], compute_dtype: torch.dtype | None) -> None:
-    """Raise ConfigError, DtypeError, ShapeError or WeightError, naming the layer, for the first that cannot be done."""
+def check_jobs(jobs: Iterable[Job], compute_dtype: torch.dtype | None, placement: Placement) -> None:
+    """Raise ConfigError, DtypeError, ShapeError or WeightError, naming the layer, for the first that cannot be done.
+
+    Weights that go from the CPU to a GPU are not read: that would take as long as copying them, and whoever solves
+    them there finds what is not finite.
+    """
     weights = []
     for job in jobs:
         weight = job.members[0].module.weight
@@ -25,7 +31,8 @@ def check_jobs(jobs: Iterable[Job], compute_dtype: torch.dtype | None) -> None:
         with ErrorsName(job.name):
             _check_weight(weight)
             _check_config(weight, job.config, check_compute_dtype(compute_dtype or weight.dtype))
-        weights.append((job.name, weight))
+        if not is_streamed(weight, placement.device_of(job.name)):
+            weights.append((job.name, weight))
     _check_finite(weights)
 
 
@@ -73,12 +80,10 @@ def _check_finite(weights: list[tuple[str, Tensor]]) -> None:
     by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, weight in weights:
         low, high = torch.aminmax(weight.detach())
-        finite = torch.isfinite(low) & torch.isfinite(high)
-        by_device.setdefault(weight.device, []).append((name, finite))
+        by_device.setdefault(weight.device, []).append((name, torch.stack((low, high))))
     for entries in by_device.values():
-        for (name, _), ok in zip(
-            entries, torch.stack([finite for _, finite in entries]).tolist(), strict=True
-        ):
+        finite = torch.isfinite(torch.stack([ends for _, ends in entries])).all(1)
+        for (name, _), ok in zip(entries, finite.tolist(), strict=True):
             if not ok:
                 raise WeightError(
                     f"{name}: got a weight with NaN or infinity; expected finite values. Check how the model was "

@@ -18,6 +18,7 @@ from hqq.core.quantized_module import QuantizedModule
 from hqq.core.solvers import DEFAULT_SOLVER
 from hqq.errors import ConfigError
 from hqq.models.candidates import avoid_fused_paths
+from hqq.models.late_checks import LateChecks
 from hqq.models.layer_choice import ConfigChooser, ModelConfig
 from hqq.models.placement import DeviceMap, Placement, follow_inputs, plan_placement, settle_tensors
 from hqq.models.plan import Job, Member, Plan, make_plan
@@ -26,7 +27,7 @@ from hqq.models.progress import progress_bar
 from hqq.models.quantization_config import attach_config, describe_model
 from hqq.models.report import LayerRow, QuantizationReport, stored_bytes
 from hqq.models.sharing import sharing_layer
-from hqq.models.streaming import WeightStream, on_device
+from hqq.models.streaming import WeightStream, is_streamed, on_device
 
 
 @torch.no_grad()
@@ -59,9 +60,11 @@ def quantize_model(
         progress: show a progress bar on a terminal.
         errors: measure each layer's relative error (one more pass over each weight).
 
-    Every layer is checked before the first is changed. Memory stays below the model and one layer: a weight is freed
-    when its codes exist. Raises ConfigError (nothing to quantise, already quantised, a group size that does not
-    divide, patterns that fit nothing), WeightError, DtypeError or ShapeError, ErrorsName the layer.
+    Every layer is checked before the first is changed, except that NaN and infinity in weights that go from the CPU to
+    a GPU are found when it is their turn, and values beyond compute_dtype's largest when a weight has been solved.
+    Memory stays below the model and one layer: a weight is freed when its codes exist. Raises ConfigError (nothing to
+    quantise, already quantised, a group size that does not divide, patterns that fit nothing), WeightError, DtypeError
+    or ShapeError, which name the layer.
     """
     start = time.perf_counter()
     _refuse(model)
@@ -70,8 +73,8 @@ def quantize_model(
         plan = make_plan(model, ConfigChooser(config), skip, embeddings, lm_head)
         if not plan.jobs:
             raise ConfigError(f"got a {type(model).__name__} with no layer to quantise: {_reasons(plan)}")
-        check_jobs(plan.jobs, compute_dtype)
         placement = plan_placement(model, device)
+        check_jobs(plan.jobs, compute_dtype, placement)
         rows = _quantize_jobs(model, plan, placement, compute_dtype, progress, errors)
     settle_tensors(model, placement, compute_dtype)
     finish_model(model)
@@ -134,10 +137,17 @@ def _quantize_jobs(
     # Taken off one by one: a job that stayed in the list would keep its weight alive.
     jobs = deque(plan.jobs)
     plan.jobs.clear()
-    with progress_bar(len(jobs), "Quantising", progress) as bar, WeightStream() as stream:
+    with (
+        progress_bar(len(jobs), "Quantising", progress) as bar,
+        WeightStream() as stream,
+        LateChecks() as checks,
+    ):
+        stream.prepare(_weight(jobs[0]), placement.device_of(jobs[0].name))
         while jobs:
             job = jobs.popleft()
-            with ErrorsName(job.name), on_device(stream, _weight(job)):
+            # Of a weight that is copied there must not be too many at once, so the host keeps in step with the GPU.
+            resident = not is_streamed(_weight(job), placement.device_of(job.name))
+            with checks.of(job.name, resident), ErrorsName(job.name), on_device(stream, _weight(job)):
                 if jobs:
                     stream.prepare(_weight(jobs[0]), placement.device_of(jobs[0].name))
                 rows += _quantize_job(model, job, placement.device_of(job.name), compute_dtype, errors)

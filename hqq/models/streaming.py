@@ -17,6 +17,11 @@ _STAGED_BYTES = 16 << 20
 _STAGES = 3
 
 
+def is_streamed(weight: Tensor, device: torch.device | None) -> bool:
+    """Whether `weight`, which goes to `device`, is one that a `WeightStream` copies."""
+    return device is not None and device.type == "cuda" and weight.device.type == "cpu"
+
+
 @contextmanager
 def on_device(stream: WeightStream, weight: Tensor) -> Iterator[None]:
     """Put the prepared copy in the place of `weight`'s data; back in case of an error, so that nothing has changed."""
@@ -74,7 +79,7 @@ class WeightStream:
     def prepare(self, weight: Tensor, device: torch.device | None) -> None:
         """Start to copy `weight` to `device`; returns at once. What was prepared before and not taken is dropped."""
         self._drop()
-        if device is None or device.type != "cuda" or weight.device.type != "cpu":
+        if device is None or not is_streamed(weight, device):
             return
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="hqq-weights")

@@ -240,6 +240,21 @@ def test_als_is_never_worse_than_min_max_as_stored(
     assert bool((mine <= least * (1 + 1e-5) + W.double().square().sum(1) * 1e-12).all())
 
 
+@pytest.mark.parametrize("storage", DTYPES, ids=str)
+@pytest.mark.parametrize("axis", [1, 0])
+@pytest.mark.parametrize("nbits", [8, 4, 3, 1.58, 1])
+def test_min_max_is_the_reference_bit_for_bit(
+    nbits: float, axis: int, storage: torch.dtype, rng: torch.Generator, device: torch.device
+) -> None:
+    W = torch.cat([weights((52, 32), rng), strange_groups(storage, rng).float()]).to(storage)
+    W = W if axis == 1 else W.t().contiguous()
+    spec, round_zero = spec_for(nbits, tuple(W.shape), 32, axis), nbits == 4
+    q = run(W, spec, "minmax", device, storage=storage, round_zero=round_zero)
+    found = reference(W, spec, "minmax", storage, round_zero)
+    assert torch.equal(q.codes(torch.float32), found.codes)
+    assert torch.equal(q.scale, found.scale) and torch.equal(q.zero, found.zero)
+
+
 @pytest.mark.parametrize("axis", [1, 0])
 def test_half_quadratic_shrinks_large_residuals(
     axis: int, rng: torch.Generator, device: torch.device
@@ -320,7 +335,7 @@ def test_what_is_not_supported_says_why(rng: torch.Generator, device: torch.devi
     assert solve.unsupported_reason(W, spec, "als") is None
     for other, solver, match in (
         (W.double(), "als", "float64"),
-        (W, "minmax", "no kernel"),
+        (W, "other", "no kernel"),
         (torch.empty(1, 1 << 17), "als", "registers"),
         (torch.empty(8, 8, device="meta"), "als", "on meta"),
     ):
@@ -338,7 +353,7 @@ def fused_here(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     monkeypatch.setitem(fused._MODULES, device.type, "hqq.kernels.solve")
 
 
-@pytest.mark.parametrize("solver", [None, "hqq"])
+@pytest.mark.parametrize("solver", [None, "hqq", "minmax"])
 def test_quantizer_takes_the_kernel(
     solver: str | None,
     fused_here: None,
@@ -348,7 +363,8 @@ def test_quantizer_takes_the_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     W = weights((8, 64), rng).to(device)
-    options = {"nbits": 4, "group_size": 64, "axis": 1, "compute_dtype": torch.bfloat16, "solver": solver}
+    options = {"nbits": 4, "group_size": 64, "axis": 1, "compute_dtype": torch.bfloat16}
+    options |= {"optimize": False} if solver == "minmax" else {"solver": solver}
     W_q, meta = Quantizer.quantize(W, **options)
     assert poisoned
     count = len(poisoned)
@@ -369,7 +385,6 @@ def test_quantizer_keeps_to_the_reference_where_it_must(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     W = weights((8, 32), rng).to(device)
-    Quantizer.quantize(W, nbits=4, group_size=32, axis=1, optimize=False)
     Quantizer.quantize(W, nbits=8, group_size=None, axis=1, channel_wise=False)
     Quantizer.quantize(W, nbits=4, group_size=32, axis=1, solver="als", zero_mode="integer")
     Quantizer.quantize(W, nbits=4, group_size=32, axis=1, solver="als", importance=torch.ones(32))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from hqq.core.qtensor import QSpec, QTensor
+from hqq.core.solvers.min_max import refuse_infinite
+from hqq.core.verdicts import expect
 
 _logger = logging.getLogger(__name__)
 
@@ -35,9 +37,9 @@ class FusedSolvers(Protocol):
 def solve_fused(
     W: Tensor, spec: QSpec, solver: str, *, storage_dtype: torch.dtype, round_zero: bool
 ) -> QTensor | None:
-    """Return `W` (of spec.shape) quantised by a kernel, or None where there is none or W is not finite.
+    """Return `W` (of spec.shape) quantised by a kernel, or None where there is none.
 
-    The reference then takes over: it names what is wrong with the weight.
+    Raises WeightError for a weight that is not finite; inside `collected` only when the verdicts are asked for.
     """
     name = _MODULES.get(W.device.type)
     if name is None:
@@ -49,7 +51,8 @@ def solve_fused(
         return None
     q, finite = fused.solve_and_pack(W, spec, solver, storage_dtype=storage_dtype, round_zero=round_zero)
     # The only wait for the device, when everything is under way.
-    return q if bool(finite.all()) else None
+    expect(finite.all(), refuse_infinite)
+    return q
 
 
 @cache

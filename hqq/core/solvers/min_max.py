@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -43,10 +43,7 @@ def min_max_lattice(
     """
     low, high = (W.min(), W.max()) if dim is None else (W.amin(dim, keepdim=True), W.amax(dim, keepdim=True))
     if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
-        raise WeightError(
-            "got a weight with NaN or infinite values; expected finite values. Check the checkpoint it came from, "
-            "and overflow in an earlier cast to float16"
-        )
+        refuse_infinite()
     span = high - low
     inverse_scale = max_code / span
     lattice = Lattice(inverse_scale, 1.0 / inverse_scale, -low * inverse_scale)
@@ -60,6 +57,14 @@ def min_max_lattice(
             *(torch.where(unusual, new, old) for new, old in zip(repaired, lattice, strict=True))
         )
     return lattice._replace(zero=torch.round(lattice.zero)) if round_zero else lattice
+
+
+def refuse_infinite() -> NoReturn:
+    """Raise the WeightError for a weight that is not finite."""
+    raise WeightError(
+        "got a weight with NaN or infinite values; expected finite values. Check the checkpoint it came from, "
+        "and overflow in an earlier cast to float16"
+    )
 
 
 def _resolution_at_offset(low: Tensor, high: Tensor, storage_dtype: torch.dtype) -> Tensor:
