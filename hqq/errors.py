@@ -16,6 +16,7 @@ __all__ = [
     "DtypeError",
     "HQQError",
     "IdRangeError",
+    "KernelError",
     "MissingKeysError",
     "NotQuantizedError",
     "QuantizationWarning",
@@ -54,6 +55,10 @@ class NotQuantizedError(HQQError, RuntimeError):
 
 class BackendError(HQQError, RuntimeError):
     """A backend was asked for that is unknown, unavailable, or does not support the layer."""
+
+
+class KernelError(HQQError, RuntimeError):
+    """A kernel cannot be compiled, loaded or launched on this machine."""
 
 
 class CheckpointError(HQQError):

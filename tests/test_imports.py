@@ -37,6 +37,7 @@ REGISTRIES = {
 OPTIONAL = {
     "accelerate": "hf",
     "bitblas": "bitblas",
+    "cuda": "cuda",
     "gemlite": "gemlite",
     "huggingface_hub": "hub",
     "matplotlib": "plots",
