@@ -16,6 +16,21 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         pytest.importorskip("triton")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        interpret_library(monkeypatch)
+
+
+def interpret_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have Triton's own functions (sum, max, ...) interpreted too, if it was imported before that was asked for."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    for name, value in list(vars(tl.standard).items()):
+        if isinstance(value, JITFunction):
+            interpreted = InterpretedFunction(value.fn)
+            for module in (tl.standard, tl):
+                if vars(module).get(name) is value:
+                    monkeypatch.setattr(module, name, interpreted)
 
 
 @pytest.fixture(autouse=True)

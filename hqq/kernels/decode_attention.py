@@ -1,0 +1,290 @@
+"""Attention of a decoding step: one query token per row against a static cache, of which the filled part is read."""
+
+# Kernels are written in Triton's language, which is not quite Python.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hqq.kernels.availability import interpreting
+from hqq.kernels.decode_heads import new_heads
+from hqq.kernels import decode_launch
+from hqq.kernels.decode_launch import on, options, processors, rounded
+from hqq.kernels.dequant_flow import start_next, wait_for_previous
+
+_BLOCK = 64
+_MOST_SPLITS = 32
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _attention_kernel(
+    q,
+    k,
+    v,
+    keys,
+    values,
+    cos,
+    sin,
+    q_weight,
+    k_weight,
+    begins,
+    positions,
+    sums,
+    stats,
+    arrived,
+    out,
+    q_stride,
+    k_stride,
+    v_stride,
+    length,
+    window,
+    scale,
+    eps,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    NORMED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DOT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One of SPLITS parts of the filled cache for one row and the GROUP query heads of one key head.
+
+    Flash decoding: each part keeps its largest score, the sum of exponentials and the weighted sum of values; the last
+    part to arrive joins them, in the order of the parts, so that the result does not depend on who is last. The first
+    part also has the new token, whose key and value it writes into the cache.
+    """
+    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    position, begin = tl.load(positions + row), tl.load(begins + row)
+    lowest = tl.maximum(begin, position - window + 1)
+    blocks = (position - lowest + BLOCK - 1) // BLOCK
+    each = tl.maximum((blocks + SPLITS - 1) // SPLITS, 1)
+    used = tl.maximum((blocks + each - 1) // each, 1)
+    if split >= used:
+        if OVERLAP:
+            wait_for_previous()
+        return
+    d = tl.arange(0, HEAD_PAD)
+    inside = d < HEAD
+    owner = (row * KV_HEADS + head).to(tl.int64)
+    cache = owner * length * HEAD
+    first = lowest + split * each * BLOCK
+    stop = tl.minimum(first + each * BLOCK, position)
+    # What the cache holds from earlier steps does not wait for the kernels before this one.
+    n = first + tl.arange(0, BLOCK)
+    at = cache + n[:, None] * HEAD + d[None, :]
+    there = (n < stop)[:, None] & inside[None, :]
+    key = tl.load(keys + at, mask=there, other=0.0)
+    value = tl.load(values + at, mask=there, other=0.0)
+    if OVERLAP:
+        wait_for_previous()
+        start_next()
+    query, new_key, new_value = new_heads(
+        q + row.to(tl.int64) * q_stride + head * GROUP * HEAD,
+        k + row.to(tl.int64) * k_stride + head * HEAD,
+        v + row.to(tl.int64) * v_stride + head * HEAD,
+        cos + (position - begin) * HEAD,
+        sin + (position - begin) * HEAD,
+        q_weight,
+        k_weight,
+        eps,
+        GROUP,
+        GROUP_PAD,
+        HEAD,
+        HEAD_PAD,
+        NORMED,
+        DTYPE,
+        INTERPRETED,
+    )
+    own = split == 0
+    new = cache + position * HEAD + d
+    mine = d < tl.where(own, HEAD, 0)
+    tl.store(keys + new, new_key.to(DTYPE), mask=mine)
+    tl.store(values + new, new_value.to(DTYPE), mask=mine)
+    scale = scale * _LOG2_E
+    top = tl.where(own, tl.sum(query * new_key[None, :], 1) * scale, -float("inf"))
+    total = tl.where(own, 1.0, 0.0) + tl.zeros([GROUP_PAD], tl.float32)
+    result = tl.where(own, new_value, 0.0)[None, :] + tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
+    query = query.to(DOT)
+    for start in range(first, stop, BLOCK):
+        following = start + BLOCK + tl.arange(0, BLOCK)
+        at = cache + following[:, None] * HEAD + d[None, :]
+        there = (following < stop)[:, None] & inside[None, :]
+        next_key = tl.load(keys + at, mask=there, other=0.0)
+        next_value = tl.load(values + at, mask=there, other=0.0)
+        score = tl.dot(query, tl.trans(key.to(DOT)), input_precision="ieee") * scale
+        score = tl.where((following - BLOCK < stop)[None, :], score, -float("inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        p = tl.exp2(score - higher[:, None])
+        fade = tl.exp2(top - higher)
+        total = total * fade + tl.sum(p, 1)
+        p = rounded(p, DTYPE, INTERPRETED).to(DOT)
+        result = result * fade[:, None] + tl.dot(p, value.to(DOT), input_precision="ieee")
+        top = higher
+        key, value = next_key, next_value
+    g = tl.arange(0, GROUP_PAD)
+    real = (g < GROUP)[:, None] & inside[None, :]
+    heads = owner * GROUP * HEAD
+    if used == 1:
+        tl.store(
+            out + heads + g[:, None] * HEAD + d[None, :],
+            rounded(result / total[:, None], DTYPE, INTERPRETED).to(DTYPE),
+            mask=real,
+        )
+    else:
+        part = (owner * SPLITS + split) * GROUP + g
+        tl.store(sums + part[:, None] * HEAD + d[None, :], result, mask=real)
+        tl.store(stats + part * 2, top, mask=g < GROUP)
+        tl.store(stats + part * 2 + 1, total, mask=g < GROUP)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + owner, 1, sem="acq_rel", scope="gpu") == used - 1:
+            tl.store(arrived + owner, 0)
+            _join(sums, stats, out + heads, owner, used, GROUP, HEAD, HEAD_PAD, SPLITS, DTYPE, INTERPRETED)
+
+
+@triton.jit
+def _join(
+    sums,
+    stats,
+    out,
+    owner,
+    used,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The parts of one key head's queries as one result."""
+    d = tl.arange(0, HEAD_PAD)
+    s = tl.arange(0, SPLITS)
+    for g in tl.static_range(GROUP):
+        part = (owner * SPLITS + s) * GROUP + g
+        # Written by other processors: the first-level cache may hold what was there before.
+        top = tl.load(stats + part * 2, mask=s < used, other=-float("inf"), cache_modifier=".cg")
+        total = tl.load(stats + part * 2 + 1, mask=s < used, other=0.0, cache_modifier=".cg")
+        mine = tl.load(
+            sums + part[:, None] * HEAD + d[None, :],
+            mask=(s < used)[:, None] & (d < HEAD)[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        weight = tl.exp2(top - tl.max(top, 0))
+        joined = tl.sum(weight[:, None] * mine, 0) / tl.sum(weight * total, 0)
+        tl.store(out + g * HEAD + d, rounded(joined, DTYPE, INTERPRETED).to(DTYPE), mask=d < HEAD)
+
+
+@dataclass(frozen=True)
+class AttentionSpace:
+    """Memory that `decode_attention` works in; one serves all layers and steps of one batch size."""
+
+    sums: Tensor
+    stats: Tensor
+    arrived: Tensor
+
+    @classmethod
+    def make(
+        cls, rows: int, kv_heads: int, group: int, head: int, length: int, device: torch.device
+    ) -> AttentionSpace:
+        """Return the memory for `rows` rows, and with it the number of parts that the cache of `length` is cut into."""
+        wanted = max(1, 2 * processors(device) // (rows * kv_heads))
+        splits = min(_MOST_SPLITS, triton.next_power_of_2(triton.cdiv(length, _BLOCK)))
+        while splits > wanted:
+            splits //= 2
+        parts = (rows, kv_heads, splits, group)
+        return cls(
+            torch.empty(*parts, head, dtype=torch.float32, device=device),
+            torch.empty(*parts, 2, dtype=torch.float32, device=device),
+            torch.zeros(rows * kv_heads, dtype=torch.int32, device=device),
+        )
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """Weights [head size] of the RMS norms of query and key heads, and what is added to the mean square."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    begins: Tensor,
+    positions: Tensor,
+    scale: float,
+    space: AttentionSpace,
+    norm: HeadNorm | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Rotate the new query and key, write key and value into the cache, and return the attention's result [B, H * D].
+
+    q [B, H * D], k and v [B, KV * D] with contiguous rows: what the projections give. keys, values [B, KV, length, D]:
+    the cache, of which a row fills the places from begins [B] (int32) to positions [B] (int32), where the new token
+    goes. cos, sin [length, D], by distance from the row's beginning, in the dtype of q. `norm` normalises heads before
+    they are rotated; `window` is how many tokens, itself included, a token sees.
+
+    Rounds where transformers rounds; scores and sums are kept in fp32. The same input gives the same bits.
+    """
+    rows, kv_heads, length, head = keys.shape
+    group = q.shape[1] // (kv_heads * head)
+    out = decode_launch.new_output(q, q.shape[1])
+    splits = space.sums.shape[2]
+    common = options(q.device, q.dtype)
+    weights = (q, k) if norm is None else (norm.q, norm.k)
+    with on(q.device):
+        _attention_kernel[(splits, kv_heads, rows)](
+            q,
+            k,
+            v,
+            keys,
+            values,
+            cos,
+            sin,
+            *weights,
+            begins,
+            positions,
+            space.sums,
+            space.stats,
+            space.arrived,
+            out,
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            length,
+            length if window is None else window,
+            scale,
+            0.0 if norm is None else norm.eps,
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            GROUP_PAD=max(16, triton.next_power_of_2(group)),
+            HEAD=head,
+            HEAD_PAD=max(16, triton.next_power_of_2(head)),
+            NORMED=norm is not None,
+            SPLITS=splits,
+            BLOCK=_BLOCK,
+            DOT=tl.float32 if interpreting() else common["DTYPE"],
+            num_warps=4,
+            num_stages=1,
+            **common,
+        )
+    return out

@@ -1,0 +1,74 @@
+"""What the launchers of the decoding kernels share: device, overlap with the previous kernel, and rounding."""
+
+# The jitted function is written in Triton's language, which is not quite Python.
+# mypy: ignore-errors
+# ruff: noqa: RET505
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hqq.kernels.availability import interpreting
+from hqq.kernels.dequant_flow import GDC_WAIT
+
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """fp32 `x` rounded to DTYPE (to nearest, ties to even), as fp32."""
+    if DTYPE == tl.float32:
+        return x
+    elif INTERPRETED and DTYPE == tl.bfloat16:
+        # The interpreter's own conversion cuts the low bits off.
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    else:
+        return x.to(DTYPE).to(tl.float32)
+
+
+def new_output(like: Tensor, columns: int) -> Tensor:
+    """Return what a kernel fills: a row of `columns` for each row of `like`, every element of which is written."""
+    return like.new_empty(like.shape[0], columns)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context to launch a kernel for tensors on `device` in: Triton launches on the current device."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return nullcontext()
+
+
+def options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments that every decoding kernel has: dtype, interpreter, overlap with the kernel before."""
+    overlap = overlaps(device)
+    return {
+        "DTYPE": DTYPES[dtype],
+        "INTERPRETED": interpreting(),
+        "OVERLAP": overlap,
+        **({"launch_pdl": True} if overlap else {}),
+    }
+
+
+@cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel on `device` can start before the previous one ends (compute capability 9.0, Triton 3.4)."""
+    if device.type != "cuda" or torch.version.cuda is None or GDC_WAIT is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Return how many multiprocessors `device` has."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
