@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hqq.kernels import decode_launch
 from hqq.kernels.availability import interpreting
 from hqq.kernels.decode_heads import new_heads
-from hqq.kernels import decode_launch
 from hqq.kernels.decode_launch import on, options, processors, rounded
 from hqq.kernels.dequant_flow import start_next, wait_for_previous
 

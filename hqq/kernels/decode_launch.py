@@ -2,7 +2,7 @@
 
 # The jitted function is written in Triton's language, which is not quite Python.
 # mypy: ignore-errors
-# ruff: noqa: RET505
+# ruff: noqa: RET505, SIM300
 
 from __future__ import annotations
 
