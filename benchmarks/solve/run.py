@@ -1,12 +1,13 @@
 """Times of solving and packing on the GPU: block sizes, layers, whole models, and agreement with the torch reference.
 
-Run: python -m benchmarks.solve.run --out FOLDER [--parts blocks,layers,agree,resident,stream]
+Run: python -m benchmarks.solve.run --out FOLDER [--parts agree,layers,blocks,packing,resident,stream]
 Writes FOLDER/solve_PART.json and prints tables. Microseconds are medians of CUDA-graph replays over rotated weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,10 @@ Row = dict[str, Any]
 _LARGE = (14336, 4096)
 _FAILED = (RuntimeError, triton.TritonError)
 _STORAGE = torch.bfloat16
+_CHOICES = [
+    *(("als", SolveConfig(*choice)) for choice in ((4, 64), (1, 64))),
+    *(("hqq", SolveConfig(*choice)) for choice in ((4, 64), (2, 64), (1, 64), (4, 32))),
+]
 
 
 def spec_for(nbits: float, shape: tuple[int, int], group_size: int | None, axis: int) -> QSpec:
@@ -52,35 +57,35 @@ def lattices(W: Tensor, spec: QSpec, solver: str, config: SolveConfig) -> solve_
 
 
 def blocks(shape: tuple[int, int] = _LARGE) -> Iterator[Row]:
-    """Yield the time of each choice of block sizes on one large layer, and of packing alone."""
+    """Yield the time of each choice of block sizes that is worth a thought, on one large layer."""
+    inputs = [random_weight(shape) for _ in range(buffer_sets(2 * shape[0] * shape[1]))]
+    settings = [(bits, 64) for bits in (4, 8, 2, 1)] + [(4, 128)]
+    for (bits, group_size), axis in itertools.product(settings, (1, 0)):
+        spec = spec_for(bits, shape, group_size, axis)
+        for solver, config in _CHOICES:
+            row: Row = {"nbits": bits, "group_size": group_size, "axis": axis, "solver": solver}
+            row |= {"warps": config.warps, "elements": config.elements}
+
+            def run(W: Tensor, spec: QSpec = spec, solver: str = solver, c: SolveConfig = config) -> Tensor:
+                return lattices(W, spec, solver, c).scale
+
+            try:
+                row["us"] = round(microseconds(run, inputs), 1)
+            except _FAILED as error:
+                row["us"] = str(error)[:200]
+            yield row
+
+
+def packing(shape: tuple[int, int] = _LARGE) -> Iterator[Row]:
+    """Yield the time of packing alone by block size."""
     inputs = [random_weight(shape) for _ in range(buffer_sets(2 * shape[0] * shape[1]))]
     for axis in (1, 0):
         spec = spec_for(4, shape, 64, axis)
-        for solver in ("als", "hqq"):
-            choices = [(4, 64), (4, 32), (2, 64), (1, 64), (8, 64), (4, 16)]
-            for config in (SolveConfig(*choice) for choice in choices[: 6 if axis == 1 else 4]):
-                row: Row = {
-                    "axis": axis,
-                    "solver": solver,
-                    "warps": config.warps,
-                    "elements": config.elements,
-                }
-
-                def run(
-                    W: Tensor, spec: QSpec = spec, solver: str = solver, c: SolveConfig = config
-                ) -> Tensor:
-                    return lattices(W, spec, solver, c).scale
-
-                try:
-                    row["us"] = round(microseconds(run, inputs), 1)
-                except _FAILED as error:
-                    row["us"] = str(error)[:200]
-                yield row
         found = lattices(inputs[0], spec, "als", SolveConfig())
         for block, warps in ((1024, 4), (2048, 4), (2048, 8), (512, 2), (4096, 8)):
             solve_launch._ENCODE_BLOCK, solve_launch._ENCODE_WARPS = block, warps
             time_us = microseconds(_packing(found, spec), inputs)
-            yield {"axis": axis, "solver": "pack", "warps": warps, "elements": block, "us": round(time_us, 1)}
+            yield {"axis": axis, "warps": warps, "elements": block, "us": round(time_us, 1)}
         solve_launch._ENCODE_BLOCK, solve_launch._ENCODE_WARPS = 1024, 4
 
 
@@ -112,7 +117,7 @@ def layers() -> Iterator[Row]:
         row: Row = {"shape": f"{shape[0]}x{shape[1]}", "dtype": str(dtype)[6:], "nbits": bits}
         row |= {"group_size": group_size or "channel", "axis": axis}
         row["read_us"] = round(first.nbytes / peak * 1e6, 1)
-        for solver in ("als", "hqq"):
+        for solver in ("als", "hqq", "minmax"):
 
             def run(W: Tensor, spec: QSpec = spec, solver: str = solver) -> Tensor:
                 q, _ = solve_and_pack(W, spec, solver, storage_dtype=_STORAGE, round_zero=spec.nbits == 4)
@@ -192,7 +197,7 @@ def resident() -> Iterator[Row]:
         row: Row = {"model": "8B", "solver": solver}
         row["kernels_s"] = _seconds(kernels)
         row["quantizer_s"] = _seconds(quantizer)
-        row["quantize_model_s"] = _seconds(_quantizing(weights, config, None), repeats=3)
+        row["quantize_model_s"] = _quantizing_seconds(weights, config, None)
         yield row
 
 
@@ -211,7 +216,7 @@ def stream(count: int = 2) -> Iterator[Row]:
         }
         for solver in ("hqq", "als"):
             config = QuantConfig(nbits=4, group_size=64, axis=1, solver=solver)
-            row[f"{solver}_s"] = _seconds(_quantizing(weights, config, "cuda"), repeats=3)
+            row[f"{solver}_s"] = _quantizing_seconds(weights, config, "cuda")
         row["copy_GB_per_s"] = round(size / row["copy_s"] / 1e9, 1)
         yield row
         del weights
@@ -222,8 +227,9 @@ def _copying(weights: list[Tensor]) -> Callable[[], object]:
     return lambda: [W.to("cuda", non_blocking=True).shape for W in weights]
 
 
-def _quantizing(weights: list[Tensor], config: QuantConfig, device: str | None) -> Callable[[], object]:
-    return lambda: quantize_model(_model(weights), config, device=device, progress=False)
+def _quantizing_seconds(weights: list[Tensor], config: QuantConfig, device: str | None) -> float:
+    models = [_model(weights) for _ in range(4)]
+    return _seconds(lambda: quantize_model(models.pop(), config, device=device, progress=False), 3)
 
 
 def _on_host(W: Tensor, pinned: bool) -> Tensor:
@@ -257,6 +263,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "agree": agree,
     "layers": layers,
     "blocks": blocks,
+    "packing": packing,
     "resident": resident,
     "stream": stream,
 }

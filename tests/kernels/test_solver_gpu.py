@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from hqq.core.bitpack import FORMAT_OF_BITS
-from hqq.core.config import BaseQuantizeConfig
+from hqq.core.config import BaseQuantizeConfig, QuantConfig
 from hqq.core.linear import HQQLinear
 from hqq.core.qtensor import QSpec
 from hqq.core.solvers import fused, get_solver
 from hqq.core.solvers.min_max import solve_min_max
 from hqq.errors import WeightError
 from hqq.kernels.solve import solve_and_pack
+from hqq.models.quantize import quantize_model
 from tests.cases import BITS, DTYPES
 
 pytestmark = [
@@ -56,22 +61,42 @@ def check(W: Tensor, spec: QSpec, solver: str, storage: torch.dtype) -> None:
     assert bool((finite == 1).all())
     q.check()
     matrix = spec.grouping.group(W.float())
-    found = get_solver(solver)(matrix, spec.axis, spec.max_code, round_zero=round_zero, storage_dtype=storage)
+    solve = partial(
+        get_solver(solver),
+        dim=spec.axis,
+        max_code=spec.max_code,
+        round_zero=round_zero,
+        storage_dtype=storage,
+    )
+    found = solve(matrix)
     codes = q.codes()
     mine = errors(matrix, (codes, q.scale, q.zero), spec.axis, storage)
     theirs = errors(matrix, found, spec.axis, storage)
-    same = float((codes == found.codes).double().mean())
     if solver == "hqq":
-        assert same >= 0.9995
+        assert (codes == found.codes).double().mean() >= 0.9995
         assert mine.sum() <= theirs.sum() * (1 + 1e-4)
         return
-    # With many levels, sums in fp32 tell lattices apart only up to noise: as good, but not the same.
-    if spec.max_code <= 15:
-        assert same >= 0.999
-    assert mine.sum() <= theirs.sum() * (1 + (1e-4 if spec.max_code <= 15 else 2e-3))
+    # Lattices that tie up to the rounding of sums lead the search to different ends. How often that happens, the
+    # reference itself tells, given the same groups with their elements in another order.
+    order = torch.randperm(spec.grouping.length, device=W.device)
+    shuffled = matrix.index_select(spec.axis, order)
+    again = errors(shuffled, solve(shuffled), spec.axis, storage)
+    own = float(differs(again, theirs).sum())
+    # Positions are rounded on the scale of the largest code here and on their own there, and a count of rare events
+    # scatters by its root.
+    assert differs(mine, theirs).sum() <= 4 * own + 6 * (4 * own) ** 0.5 + 10
+    # Which of two ends is better is chance: signs that fall at random add up to six roots of the squares in one case
+    # of 10^8 (Hoeffding).
+    difference = mine - theirs
+    assert difference.sum() <= 1e-4 * theirs.sum() + 6 * difference.square().sum().sqrt()
     plain = solve_min_max(matrix, spec.axis, spec.max_code, storage_dtype=storage)
     least = errors(matrix, plain, spec.axis, storage)
     assert bool((mine <= least * (1 + 1e-5) + matrix.double().square().sum(spec.axis) * 1e-12).all())
+
+
+def differs(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Which groups' errors differ by more than rounding."""
+    return (mine - theirs).abs() > 1e-5 * theirs
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -104,20 +129,88 @@ def test_group_sizes(
     check(weights(shape, seed), spec_for(3, shape, group_size, axis), solver, storage)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("axis", [1, 0])
-def test_nothing_waits_for_the_device_and_nothing_is_random(axis: int, solver: str, seed: int) -> None:
-    W, spec = weights((1024, 4096), seed), spec_for(4, (1024, 4096), 64, axis)
-    first, _ = solve_and_pack(W, spec, solver)
-    torch.cuda.set_sync_debug_mode("error")
+@pytest.mark.parametrize("storage", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "group_size"), [((2048, 4096), 64), ((1031, 1024), 128), ((515, 2050), None)], ids=str
+)
+def test_min_max_is_the_reference_bit_for_bit(
+    shape: tuple[int, int], group_size: int | None, storage: torch.dtype, axis: int, seed: int
+) -> None:
+    W = weights(shape, seed, storage)
+    for nbits in BITS:
+        spec, round_zero = spec_for(nbits, shape, group_size, axis), nbits == 4
+        q, _ = solve_and_pack(W, spec, "minmax", storage_dtype=storage, round_zero=round_zero)
+        matrix = spec.grouping.group(W.float())
+        found = solve_min_max(matrix, axis, spec.max_code, round_zero=round_zero, storage_dtype=storage)
+        assert torch.equal(q.codes(torch.float32), found.codes)
+        assert isinstance(q.scale, Tensor) and isinstance(q.zero, Tensor)
+        assert torch.equal(q.scale, found.scale) and torch.equal(q.zero, found.zero)
+
+
+@contextmanager
+def watched(mode: str) -> Iterator[None]:
+    """Have torch warn of operations that wait for the device, or fail on them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode(mode)
     try:
-        again = [solve_and_pack(W, spec, solver)[0] for _ in range(3)]
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, "minmax"])
+@pytest.mark.parametrize("axis", [1, 0])
+@pytest.mark.parametrize("group_size", [64, None])
+def test_nothing_waits_for_the_device_and_nothing_is_random(
+    group_size: int | None, axis: int, solver: str, seed: int
+) -> None:
+    W, spec = weights((1024, 4096), seed), spec_for(4, (1024, 4096), group_size, axis)
+    first, _ = solve_and_pack(W, spec, solver)
+    with watched("error"):
+        again = [solve_and_pack(W, spec, solver)[0] for _ in range(3)]
     for q in again:
         assert torch.equal(q.W_q, first.W_q)
         assert isinstance(q.scale, Tensor) and isinstance(first.scale, Tensor)
-        assert torch.equal(q.scale, first.scale)
+        assert isinstance(q.zero, Tensor) and isinstance(first.zero, Tensor)
+        assert torch.equal(q.scale, first.scale) and torch.equal(q.zero, first.zero)
+
+
+def model_of(count: int, dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(256, 128, bias=False, dtype=dtype, device=CUDA) for _ in range(count)))
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float16])
+def test_models_on_the_gpu_do_not_wait_for_each_layer(compute_dtype: torch.dtype) -> None:
+    config = QuantConfig(nbits=4, group_size=64, axis=1)
+    waits = []
+    for count in (2, 2, 12):
+        model = model_of(count)
+        with warnings.catch_warnings(record=True) as caught, watched("warn"):
+            warnings.simplefilter("always")
+            quantize_model(model, config, compute_dtype=compute_dtype, progress=False)
+        waits.append(sum("synchronizing" in str(warning.message) for warning in caught))
+    assert waits[2] == waits[1] > 0  # the first also compiles
+
+
+def test_what_a_dtype_cannot_hold_is_told_late_but_by_name() -> None:
+    model = model_of(5)
+    with torch.no_grad():
+        model[3].weight[5, 7] = 1e6  # type: ignore[union-attr, operator, index]
+    with pytest.raises(WeightError, match="^3: .*reaches 1e.06.*float16"):
+        quantize_model(
+            model, QuantConfig(nbits=4, group_size=64), compute_dtype=torch.float16, progress=False
+        )
+
+
+def test_a_bad_weight_on_the_gpu_is_named_before_anything_is_changed() -> None:
+    model = model_of(3)
+    with torch.no_grad():
+        model[1].weight[5, 7] = float("nan")  # type: ignore[union-attr, operator, index]
+    with pytest.raises(WeightError, match="^1: .*NaN"):
+        quantize_model(model, QuantConfig(nbits=4, group_size=64), progress=False)
+    assert all(isinstance(layer, nn.Linear) for layer in model)
 
 
 @pytest.mark.parametrize("axis", [1, 0])
