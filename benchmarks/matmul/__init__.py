@@ -1,0 +1,1 @@
+"""Products of quantised weights: kernels against each other and against cuBLAS."""

@@ -1,0 +1,171 @@
+"""Try settings of the fused GEMM on one GPU, against an fp64 oracle and cuBLAS: python -m benchmarks.matmul.gemm_explore."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.dequant.timing import microseconds
+from benchmarks.harness import table
+from hqq.core.bitpack import FORMATS, pack
+from hqq.core.qtensor import QSpec, QTensor
+from hqq.kernels import tiled_gemm as launcher
+from hqq.kernels.cuda.nvrtc import cubin
+from hqq.kernels.tiled_gemm import tiled_gemm
+from hqq.kernels.tiled_gemm_config import GemmConfig, choose, fitted
+from hqq.kernels.tiled_weight import TiledWeight
+
+PACKINGS = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
+LIMIT = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+class Case(NamedTuple):
+    """A product: M tokens, a weight [N, K] of so many bits."""
+
+    M: int
+    N: int
+    K: int
+    bits: int = 4
+    axis: int = 1
+    group_size: int | None = 64
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def name(self) -> str:
+        """The case in a few letters."""
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{self.N}x{self.K} M={self.M} {self.bits}b a{self.axis} gs{self.group_size} {kind}"
+
+
+def random_qtensor(case: Case) -> QTensor:
+    """Return random codes, scales and zeros for `case`."""
+    fmt = FORMATS[PACKINGS[case.bits]]
+    spec = QSpec(case.bits, (case.N, case.K), case.group_size, case.axis, PACKINGS[case.bits])
+    shape = spec.grouping.matrix_shape
+    codes = torch.randint(0, 1 << case.bits, shape, dtype=torch.uint8, device="cuda")
+    stat = spec.grouping.stat_shape
+    scale = (0.002 + 0.01 * torch.rand(stat, device="cuda")).to(case.dtype)
+    zero = (torch.rand(stat, device="cuda") * ((1 << case.bits) - 1)).to(case.dtype)
+    return QTensor(pack(codes, fmt), scale, zero, spec)
+
+
+def oracle(q: QTensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the product in fp64."""
+    W = q.spec.grouping.ungroup((q.codes(torch.uint8).double() - q.zero.double()) * q.scale.double())  # type: ignore[union-attr]
+    y = x.double() @ W.T
+    return y if bias is None else y + bias.double()
+
+
+def arguments(weight: TiledWeight) -> tuple[object, ...]:
+    """Return what `tiled_gemm` takes for a weight."""
+    N, K = weight.spec.shape
+    return (weight.codes, weight.meta, weight.rows, weight.bits, weight.spec.axis, weight.group_size, N, K)
+
+
+def check(case: Case, config: GemmConfig | None = None) -> float:
+    """Return the relative error of one product on fresh random values; NaN if an element was not written."""
+    q = random_qtensor(case)
+    weight = TiledWeight.from_qtensor(q, case.dtype)
+    x = torch.randn(case.M, case.K, dtype=case.dtype, device="cuda")
+    bias = torch.randn(case.N, dtype=case.dtype, device="cuda")
+    guard = torch.full((case.M + 2, case.N), float("nan"), dtype=case.dtype, device="cuda")
+    out = guard[1:-1]
+    tiled_gemm(x, *arguments(weight), bias, out, config)  # type: ignore[arg-type]
+    first = out.clone()
+    out.fill_(float("nan"))
+    tiled_gemm(x, *arguments(weight), bias, out, config)  # type: ignore[arg-type]
+    torch.cuda.synchronize()
+    if not guard[0].isnan().all() or not guard[-1].isnan().all():
+        return float("inf")
+    if not torch.equal(first, out):
+        return float("nan")
+    expected = oracle(q, x, bias)
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+def compile_all(pairs: list[tuple[Case, GemmConfig]]) -> None:
+    """Compile what the cases need, several at a time."""
+    sources = []
+    for case, config in pairs:
+        group = 0 if case.axis == 1 and case.group_size in (None, case.K) else case.group_size or case.N
+        name = "F16" if case.dtype == torch.float16 else "BF16"
+        kernel, _ = launcher._kernels(name, case.bits, case.axis, group, fitted(config, case.bits, case.axis, group))
+        sources.append((kernel.source, kernel.defines))
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda pair: cubin(*pair, "sm_90a"), dict.fromkeys(sources)))
+
+
+def time_case(case: Case, configs: list[GemmConfig]) -> Iterator[tuple[GemmConfig | None, float]]:
+    """Yield µs of cuBLAS (None) and of each configuration, over weights that no cache holds."""
+    q = random_qtensor(case._replace(N=min(case.N, 4096)))
+    one = TiledWeight.from_qtensor(q, case.dtype)
+    x = torch.randn(case.M, case.K, dtype=case.dtype, device="cuda")
+    copies = max(2, (1 << 28) // (case.N * case.K * 2) + 2)
+    plain = [torch.randn(case.N, case.K, dtype=case.dtype, device="cuda") * 0.01 for _ in range(copies)]
+    yield None, microseconds(lambda W: torch.nn.functional.linear(x, W), plain)
+    del plain
+    times = -(-case.N // q.spec.shape[0])
+    repeated = TiledWeight.cat([one] * times) if case.axis == 1 else TiledWeight.from_qtensor(random_qtensor(case), case.dtype)
+    args = arguments(repeated)
+    copies = max(4, (1 << 29) // repeated.codes.nbytes + 1)
+    buffers = []
+    for _ in range(min(copies, 48)):
+        codes = torch.randint(-(1 << 31), (1 << 31) - 1, repeated.codes.shape, dtype=torch.int32, device="cuda")
+        buffers.append((codes, repeated.meta.clone()))
+    out = torch.empty(case.M, case.N, dtype=case.dtype, device="cuda")
+
+    for config in configs:
+
+        def run(weight: tuple[Tensor, Tensor], config: GemmConfig = config) -> Tensor:
+            tiled_gemm(x, *weight, *args[2:], None, out, config)  # type: ignore[arg-type]
+            return out
+
+        yield config, microseconds(run, buffers)
+
+
+def short(config: GemmConfig | None) -> str:
+    """Return a configuration in a few letters."""
+    if config is None:
+        return "cuBLAS"
+    c = config
+    return f"n{c.tokens} b{c.blocks} st{c.stages} d{c.depth} cl{c.cluster} r{c.resident} s{c.steps}"
+
+
+def main() -> None:
+    """Check, then time, then print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("plan", help="a Python file that sets CHECKS and TIMES, lists of (Case, [GemmConfig or None])")
+    plan: dict[str, list[tuple[Case, list[GemmConfig | None]]]] = {}
+    path = parser.parse_args().plan
+    scope: dict[str, object] = {"Case": Case, "GemmConfig": GemmConfig, "torch": torch, "replace": replace}
+    with open(path) as file:
+        exec(compile(file.read(), path, "exec"), scope)
+    for name in ("CHECKS", "TIMES"):
+        plan[name] = [
+            (case, [config or choose(case.M, case.N, case.K, case.bits, 132) for config in configs])
+            for case, configs in scope.get(name, [])  # type: ignore[attr-defined]
+        ]
+    compile_all([(case, config) for part in plan.values() for case, configs in part for config in configs])  # type: ignore[misc]
+    print("compiled", flush=True)
+    for case, configs in plan["CHECKS"]:
+        for config in configs:
+            error = check(case, config)
+            verdict = "ok" if error <= LIMIT[case.dtype] else "WRONG"
+            print(f"{verdict:6s} {error:.2e} {case.name}  {short(config)}", flush=True)
+    rows = []
+    for case, configs in plan["TIMES"]:
+        for config, time in time_case(case, configs):  # type: ignore[arg-type]
+            print(case.name, short(config), f"{time:.1f}", flush=True)
+            rows.append({"case": case.name, "config": short(config), "us": round(time, 1)})
+        torch.cuda.empty_cache()
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+// From the stored codes of a lane to the registers of a matrix product: the operand a of mma_m16n8k16 and of Wgmma.
+// The order of codes and scales is that of tile_layout.py and tiled_weight.py.
+#ifndef HQQ_FRAGMENTS_CUH
+#define HQQ_FRAGMENTS_CUH
+
+#include "ptx.cuh"
+
+// ---- what a lane stores -------------------------------------------------------------------------------------------
+template <int BITS>
+struct Packing {
+    static constexpr int CHUNK_BLOCKS = BITS == 1 || BITS == 3 ? 4 : BITS == 2 ? 2 : 1;  // blocks of 64 inputs
+    static constexpr int LOADS = BITS == 8 ? 2 : BITS == 3 ? 3 : 1;                      // of 16 bytes, for a chunk
+    static constexpr int CHUNK_BYTES = 512 * LOADS;                                      // of a warp
+    static constexpr int WORDS = BITS;                                                   // of a lane, for a block
+};
+
+// The words of block `block` of a chunk; `chunk`: where the chunk lies, in shared or global memory.
+template <int BITS>
+HQQ_INLINE void read_block(uint32_t (&word)[BITS], const unsigned char* chunk, int block, int lane) {
+    const unsigned char* mine = chunk + 16 * lane;
+    if constexpr (BITS == 8) {
+        const uint4 v = *reinterpret_cast<const uint4*>(mine), w = *reinterpret_cast<const uint4*>(mine + 512);
+        word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
+        word[4] = w.x, word[5] = w.y, word[6] = w.z, word[7] = w.w;
+    } else if constexpr (BITS == 4) {
+        const uint4 v = *reinterpret_cast<const uint4*>(mine);
+        word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
+    } else if constexpr (BITS == 3) {
+        const uint2 v = *reinterpret_cast<const uint2*>(mine + 512 * (block / 2) + 8 * (block % 2));
+        word[0] = v.x, word[1] = v.y;
+        word[2] = *reinterpret_cast<const uint32_t*>(mine + 1024 + 4 * block);
+    } else if constexpr (BITS == 2) {
+        const uint2 v = *reinterpret_cast<const uint2*>(mine + 8 * block);
+        word[0] = v.x, word[1] = v.y;
+    } else {
+        word[0] = *reinterpret_cast<const uint32_t*>(mine + 4 * block);
+    }
+}
+
+// ---- codes as floats ----------------------------------------------------------------------------------------------
+// Code bits that become mantissa bits of a power of two stand for that power plus the code, times 2^shift where they
+// lie higher than the lowest bit. Products with 2^-shift minus the power are the code itself: no step rounds.
+template <class T>
+struct Mantissa;
+
+template <>
+struct Mantissa<F16> {
+    static constexpr int BITS = 10;
+    static constexpr uint32_t BASE = 0x64006400u;  // 1024
+    template <int SHIFT>
+    static constexpr uint32_t FACTOR = 0x10001u * ((15 - SHIFT) << 10);
+    template <int SHIFT>
+    static constexpr uint32_t OFFSET = 0x10001u * (0x8000 | (25 - SHIFT) << 10);
+};
+
+template <>
+struct Mantissa<BF16> {
+    static constexpr int BITS = 7;
+    static constexpr uint32_t BASE = 0x43004300u;  // 128
+    template <int SHIFT>
+    static constexpr uint32_t FACTOR = 0x10001u * ((127 - SHIFT) << 7);
+    template <int SHIFT>
+    static constexpr uint32_t OFFSET = 0x10001u * (0x8000 | (134 - SHIFT) << 7);
+};
+
+constexpr int AND_OR = 0xea;   // (a & b) | c
+constexpr int SELECT = 0xe2;   // (a & b) | (c & ~b)
+
+// The codes whose BITS bits lie from bit AT on in both halves of `word`.
+template <class T, int BITS, int AT>
+HQQ_INLINE uint32_t field(uint32_t word) {
+    constexpr int REACH = Mantissa<T>::BITS / BITS * BITS;  // as many fields as one shift of the word can serve
+    constexpr int SHIFT = AT % REACH;
+    const uint32_t raw = lop3<AND_OR>(word >> (AT / REACH * REACH), 0x10001u * (((1 << BITS) - 1) << SHIFT),
+                                      Mantissa<T>::BASE);
+    return hfma2<T>(raw, Mantissa<T>::template FACTOR<SHIFT>, Mantissa<T>::template OFFSET<SHIFT>);
+}
+
+// Three bits: two of `low`, the third from `high`, where it was shifted to the bit above them.
+template <class T, int PAIR>
+HQQ_INLINE uint32_t field_of_three(uint32_t low, uint32_t high) {
+    constexpr uint32_t LOW = 0x10001u * (3 << 2 * PAIR);
+    const uint32_t both = lop3<SELECT>(low, LOW, high);
+    if constexpr (2 * PAIR + 3 <= Mantissa<T>::BITS) {
+        const uint32_t raw = lop3<AND_OR>(both, 0x10001u * (7 << 2 * PAIR), Mantissa<T>::BASE);
+        return hfma2<T>(raw, Mantissa<T>::template FACTOR<2 * PAIR>, Mantissa<T>::template OFFSET<2 * PAIR>);
+    } else {
+        const uint32_t raw = lop3<AND_OR>(both >> 2 * PAIR, 0x10001u * 7, Mantissa<T>::BASE);
+        return hfma2<T>(raw, Mantissa<T>::template FACTOR<0>, Mantissa<T>::template OFFSET<0>);
+    }
+}
+
+// A byte of each half, ROW the lower (0) or the higher (1).
+template <class T, int ROW>
+HQQ_INLINE uint32_t field_of_eight(uint32_t word);
+
+template <>
+HQQ_INLINE uint32_t field_of_eight<F16, 0>(uint32_t word) {
+    return hfma2<F16>(prmt(word, Mantissa<F16>::BASE, 0x7250), Mantissa<F16>::FACTOR<0>, Mantissa<F16>::OFFSET<0>);
+}
+
+template <>
+HQQ_INLINE uint32_t field_of_eight<F16, 1>(uint32_t word) {
+    return hfma2<F16>(prmt(word, Mantissa<F16>::BASE, 0x7351), Mantissa<F16>::FACTOR<0>, Mantissa<F16>::OFFSET<0>);
+}
+
+// The highest of eight bits has no room in bf16's mantissa; in the exponent it makes 256 of 128.
+HQQ_INLINE uint32_t byte_as_bf16(uint32_t word) {
+    constexpr uint32_t ONE = 0x3f803f80u, MINUS_256 = 0xc380c380u, BASE = Mantissa<BF16>::BASE;
+    const uint32_t low = lop3<AND_OR>(word, 0x007f007fu, BASE), top = lop3<AND_OR>(word, 0x00800080u, BASE);
+    return hfma2<BF16>(hfma2<BF16>(low, ONE, MINUS_256), ONE, top);
+}
+
+template <>
+HQQ_INLINE uint32_t field_of_eight<BF16, 0>(uint32_t word) {
+    return byte_as_bf16(word);
+}
+
+template <>
+HQQ_INLINE uint32_t field_of_eight<BF16, 1>(uint32_t word) {
+    return byte_as_bf16(word >> 8);
+}
+
+// The pair PAIR (a0 to a3) of instruction STEP of a block, as codes in T, exactly.
+template <class T, int BITS, int STEP, int PAIR>
+HQQ_INLINE uint32_t code_pair(const uint32_t (&word)[BITS]) {
+    if constexpr (BITS == 8) {
+        return field_of_eight<T, PAIR % 2>(word[2 * STEP + PAIR / 2]);
+    } else if constexpr (BITS == 3) {
+        constexpr int LEFT = (PAIR < 2 ? 2 : 5) - 4 * STEP;
+        const uint32_t high = LEFT >= 0 ? word[2] << (LEFT >= 0 ? LEFT : 0) : word[2] >> (LEFT < 0 ? -LEFT : 0);
+        return field_of_three<T, PAIR>(word[STEP / 2] >> 8 * (STEP % 2), high);
+    } else {
+        constexpr int FIELD = 4 * STEP + PAIR, PER_HALF = 16 / BITS;
+        return field<T, BITS, FIELD % PER_HALF * BITS>(word[FIELD / PER_HALF]);
+    }
+}
+
+// ---- scales and zeros ---------------------------------------------------------------------------------------------
+// What turns codes into weights for one lane and one block of 64 inputs: `GROUP` inputs (axis 1; 0: the whole row) or
+// output features (axis 0) share a scale and a zero.
+template <class T, int AXIS, int GROUP>
+struct Scales;
+
+template <class T, int GROUP>
+struct Scales<T, 1, GROUP> {
+    static constexpr int BLOCK_GROUPS = GROUP == 0 || GROUP >= 64 ? 1 : 64 / GROUP;
+    static constexpr int BLOCK_BYTES = 64 * BLOCK_GROUPS;  // of a warp
+    uint32_t scale[2], zero[2];
+
+    // Bytes from the tile's first group to those of block `block`.
+    static HQQ_INLINE int offset(int block) {
+        return GROUP == 0 ? 0 : GROUP >= 64 ? block / (GROUP / 64 > 0 ? GROUP / 64 : 1) * 64 : block * BLOCK_BYTES;
+    }
+
+    HQQ_INLINE void read(const unsigned char* block, int lane) {
+        const int group = lane % 4 * BLOCK_GROUPS / 4;
+        const uint2 v = *reinterpret_cast<const uint2*>(block + 64 * group + 8 * (lane / 4));
+        scale[0] = prmt(v.x, v.x, 0x1010), zero[0] = prmt(v.x, v.x, 0x3232);
+        scale[1] = prmt(v.y, v.y, 0x1010), zero[1] = prmt(v.y, v.y, 0x3232);
+    }
+
+    // zero becomes -zero * scale, for `weights`.
+    HQQ_INLINE void fold() {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) zero[row] = hmul2<T>(zero[row] ^ 0x80008000u, scale[row]);
+    }
+
+    template <int STEP, int PAIR>
+    HQQ_INLINE uint32_t scale_of() const {
+        return scale[PAIR % 2];
+    }
+
+    template <int STEP, int PAIR>
+    HQQ_INLINE uint32_t zero_of() const {
+        return zero[PAIR % 2];
+    }
+};
+
+template <class T, int GROUP>
+struct Scales<T, 0, GROUP> {
+    static constexpr int BLOCK_BYTES = 256;
+    uint32_t scale[8], zero[8];
+
+    static HQQ_INLINE int offset(int block) { return block * BLOCK_BYTES; }
+
+    HQQ_INLINE void read(const unsigned char* block, int lane) {
+        const uint4* mine = reinterpret_cast<const uint4*>(block + 32 * (lane % 4));
+        const uint4 s = mine[0], t = mine[1], y = mine[8], z = mine[9];
+        scale[0] = s.x, scale[1] = s.y, scale[2] = s.z, scale[3] = s.w;
+        scale[4] = t.x, scale[5] = t.y, scale[6] = t.z, scale[7] = t.w;
+        zero[0] = y.x, zero[1] = y.y, zero[2] = y.z, zero[3] = y.w;
+        zero[4] = z.x, zero[5] = z.y, zero[6] = z.z, zero[7] = z.w;
+    }
+
+    HQQ_INLINE void fold() {
+#pragma unroll
+        for (int pair = 0; pair < 8; ++pair) zero[pair] = hmul2<T>(zero[pair] ^ 0x80008000u, scale[pair]);
+    }
+
+    template <int STEP, int PAIR>
+    HQQ_INLINE uint32_t scale_of() const {
+        return scale[2 * STEP + PAIR / 2];
+    }
+
+    template <int STEP, int PAIR>
+    HQQ_INLINE uint32_t zero_of() const {
+        return zero[2 * STEP + PAIR / 2];
+    }
+};
+
+// The operand a of instruction STEP: code * scale - zero * scale, the product with zero rounded first (see fold).
+template <class T, int BITS, int STEP, class S>
+HQQ_INLINE void weights(uint32_t (&a)[4], const uint32_t (&word)[BITS], const S& scales) {
+    a[0] = hfma2<T>(code_pair<T, BITS, STEP, 0>(word), scales.template scale_of<STEP, 0>(), scales.template zero_of<STEP, 0>());
+    a[1] = hfma2<T>(code_pair<T, BITS, STEP, 1>(word), scales.template scale_of<STEP, 1>(), scales.template zero_of<STEP, 1>());
+    a[2] = hfma2<T>(code_pair<T, BITS, STEP, 2>(word), scales.template scale_of<STEP, 2>(), scales.template zero_of<STEP, 2>());
+    a[3] = hfma2<T>(code_pair<T, BITS, STEP, 3>(word), scales.template scale_of<STEP, 3>(), scales.template zero_of<STEP, 3>());
+}
+
+// The same rounded as the reference does: the difference, then the product.
+template <class T, int BITS, int STEP, class S>
+HQQ_INLINE void exact_weights(uint32_t (&a)[4], const uint32_t (&word)[BITS], const S& scales) {
+    a[0] = hmul2<T>(hsub2<T>(code_pair<T, BITS, STEP, 0>(word), scales.template zero_of<STEP, 0>()), scales.template scale_of<STEP, 0>());
+    a[1] = hmul2<T>(hsub2<T>(code_pair<T, BITS, STEP, 1>(word), scales.template zero_of<STEP, 1>()), scales.template scale_of<STEP, 1>());
+    a[2] = hmul2<T>(hsub2<T>(code_pair<T, BITS, STEP, 2>(word), scales.template zero_of<STEP, 2>()), scales.template scale_of<STEP, 2>());
+    a[3] = hmul2<T>(hsub2<T>(code_pair<T, BITS, STEP, 3>(word), scales.template zero_of<STEP, 3>()), scales.template scale_of<STEP, 3>());
+}
+
+#endif
