@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import struct
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
-from hqq.errors import KernelError
-from hqq.kernels.cuda.module import checked, load_function
+from hqq.kernels.cuda.arguments import ArgumentPool
+from hqq.kernels.cuda.module import checked, ensure_context, load_function
 from hqq.kernels.cuda.source import Source, as_defines, read_source
 
 if TYPE_CHECKING:
@@ -21,8 +19,6 @@ Dim3: TypeAlias = tuple[int, int, int]
 
 # Shared memory that a block may have without asking for more.
 _DEFAULT_SHARED = 48 << 10
-_SLOT = 8
-_FORMATS = {"P": "q", "q": "q", "i": "i4x", "f": "f4x"}
 _MOST_CONFIGS = 512
 
 
@@ -46,7 +42,7 @@ class Kernel:
     ) -> None:
         self.source = source if isinstance(source, Source) else read_source(source)
         self.name, self.defines = name, as_defines(defines or {})
-        self._arguments = _ArgumentPool(signature)
+        self._arguments = ArgumentPool(signature)
         self._loaded: dict[int, _OnDevice] = {}
         self._lock = threading.Lock()
 
@@ -80,11 +76,11 @@ class Kernel:
             else:
                 with torch.cuda.device(device):
                     (error,) = loaded.launch(config, loaded.function, arguments.address, 0)
+            if error:
+                how = f"{grid=} {block=} {shared=} {pdl=} {cluster=} {args=}"
+                loaded.launch_again(error, config, arguments.address, f"launching {self.name} with {how}")
         finally:
             self._arguments.give(arguments)
-        if error:
-            how = f"{grid=} {block=} {shared=} {pdl=} {cluster=} {args=}"
-            checked((error,), f"launching {self.name} with {how}")
 
     def prepare(self, device: int) -> None:
         """Compile and load the kernel for `device` now, not at the first launch."""
@@ -133,6 +129,16 @@ class _OnDevice:
             self._configs[key] = found
         return found
 
+    def launch_again(self, error: int, config: driver.CUlaunchConfig, arguments: int, doing: str) -> None:
+        """Launch in a thread that had no context so far; raise KernelError for any other error."""
+        from cuda.bindings import driver
+
+        if error != driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            checked((error,), doing)
+        with torch.cuda.device(self.device):
+            ensure_context(self.device)
+            checked(driver.cuLaunchKernelEx(config, self.function, arguments, 0), doing)
+
     def resources(self) -> Resources:
         from cuda.bindings.driver import CUfunction_attribute as Attribute
 
@@ -164,41 +170,6 @@ class _OnDevice:
                 result = driver.cuFuncSetAttribute(self.function, attribute, shared)
                 checked(result, f"asking for {shared} bytes of shared memory per block")
                 self._shared = shared
-
-
-class _Arguments:
-    """Memory for one launch: a slot for each argument, and the table of their addresses that the driver reads."""
-
-    def __init__(self, count: int) -> None:
-        self.slots = ctypes.create_string_buffer(max(count, 1) * _SLOT)
-        first = ctypes.addressof(self.slots)
-        self._table = (ctypes.c_void_p * max(count, 1))(*(first + _SLOT * i for i in range(count)))
-        self.address = ctypes.addressof(self._table)
-
-
-class _ArgumentPool:
-    """Argument memory of one signature, reused; each thread in a launch holds its own."""
-
-    def __init__(self, signature: str) -> None:
-        unknown = set(signature) - set(_FORMATS)
-        if unknown:
-            raise KernelError(f"got signature {signature!r}; expected letters of {''.join(_FORMATS)}")
-        self._count = len(signature)
-        self._pack = struct.Struct("=" + "".join(_FORMATS[letter] for letter in signature)).pack_into
-        self._free: list[_Arguments] = []
-
-    def take(self, args: tuple[int | float, ...]) -> _Arguments:
-        """Return memory with `args` in it."""
-        try:
-            arguments = self._free.pop()
-        except IndexError:
-            arguments = _Arguments(self._count)
-        self._pack(arguments.slots, 0, *args)
-        return arguments
-
-    def give(self, arguments: _Arguments) -> None:
-        """Take memory back once the driver has copied what it needs, which it has when a launch returns."""
-        self._free.append(arguments)
 
 
 def _launch_config(

@@ -67,6 +67,7 @@ def load_function(source: Source, defines: Defines, name: str, device: int) -> d
 
     key = (source, defines, device)
     with _modules.lock, torch.cuda.device(device), _capture_allowed():
+        ensure_context(device)
         module = _modules.loaded.get(key)
         if module is None:
             code = cubin(source, defines, device_arch(device))
@@ -74,6 +75,18 @@ def load_function(source: Source, defines: Defines, name: str, device: int) -> d
             _modules.loaded[key] = module
         function = driver.cuModuleGetFunction(module, name.encode())
         return checked(function, f"looking up {name} in {source.name}")
+
+
+def ensure_context(device: int) -> None:
+    """Make the context that torch uses on `device`, torch's current device, this thread's if it has none yet.
+
+    The driver wants one; torch itself takes care of it only when it first does something there in a thread.
+    """
+    from cuda.bindings import driver
+
+    if not int(checked(driver.cuCtxGetCurrent(), "asking for the context")):
+        context = checked(driver.cuDevicePrimaryCtxRetain(device), f"opening device {device}")
+        checked(driver.cuCtxSetCurrent(context), "setting the context")
 
 
 def checked(result: tuple[Any, ...], doing: str) -> Any:

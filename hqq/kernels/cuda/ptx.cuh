@@ -19,6 +19,8 @@ typedef unsigned long long uint64_t;
 #define HQQ_INLINE __device__ __forceinline__
 // The block's dynamic shared memory; aligned for the 128-byte swizzle of wgmma.
 #define HQQ_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+// An array of the block of a size that the compiler knows.
+#define HQQ_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 
 // The two 16-bit types, as template arguments. Two values share a 32-bit word, the first in the low half.
 struct F16 {};
