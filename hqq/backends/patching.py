@@ -13,6 +13,7 @@ from hqq.core.adapter import LinearAdapter
 from hqq.core.config import BaseQuantizeConfig
 from hqq.core.linear import HQQLinear
 from hqq.core.modules import named_sites, replace_module
+from hqq.core.qtensor import QTensor
 
 Patch = Callable[[nn.Module, Any], nn.Module]
 
@@ -41,14 +42,15 @@ def patch_add_quant_config(layer: nn.Module, patch_param: Mapping[str, Any] | No
     if patch_param is not None:
         quantized.quant_config = dict(patch_param)
     elif quantized.quant_config is None:
-        spec = quantized.qtensor().spec
+        q = quantized.qtensor()
+        spec = q.spec
         config = BaseQuantizeConfig(
             nbits=spec.nbits,
             group_size=spec.group_size,
             axis=spec.axis,
             view_as_float=spec.view_as_float,
-            quant_scale=quantized._quantized_stat("scale") is not None,
-            quant_zero=quantized._quantized_stat("zero") is not None,
+            quant_scale=isinstance(q.scale, QTensor),
+            quant_zero=isinstance(q.zero, QTensor),
         )
         config.pop("offload_meta", None)
         quantized.quant_config = config

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
-from hqq.core.backend import EAGER, HQQBackend, get_backend
+from hqq.core.choice import check_asked, satisfies
 from hqq.core.embedding import HQQEmbedding
-from hqq.core.experts import HQQExperts
 from hqq.core.modules import named_sites
+from hqq.core.preparation import Preparation
 from hqq.core.quantized_module import QuantizedModule
 from hqq.errors import BackendError
 
 _logger = logging.getLogger(__name__)
-
-# Name -> what a layer is given, best first; the reference takes every layer, so "default" never comes out empty.
-_CANDIDATES: dict[str, tuple[HQQBackend, ...]] = {
-    "default": (HQQBackend.TRITON, HQQBackend.PYTORCH),
-    **{backend.value: (backend,) for backend in HQQBackend},
-}
-
-# The attribute of a prepared layer with the backend it had of its own before, or None.
-_BEFORE = "backend_before_preparation"
 
 
 @dataclass(frozen=True)
@@ -39,7 +31,7 @@ class LayerPreparation:
     @property
     def fulfilled(self) -> bool:
         """Whether the layer has what was asked for."""
-        return self.asked in ("default", self.got)
+        return satisfies(self.asked, self.got)
 
 
 @dataclass(frozen=True)
@@ -59,9 +51,7 @@ class PreparationReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        counts: dict[tuple[str, str | None], int] = {}
-        for row in self.layers:
-            counts[row.got, row.reason] = counts.get((row.got, row.reason), 0) + 1
+        counts = Counter((row.got, row.reason) for row in self.layers)
         lines = [f"asked for {self.asked!r}: {len(self.layers)} quantised layers"]
         lines += [
             f"{count} with {got!r}" + (f": {reason}" if reason else "")
@@ -77,56 +67,83 @@ def prepare_for_inference(
     verbose: bool = False,
     strict: bool = False,
 ) -> PreparationReport:
-    """Choose the backend of every quantised layer of `model` and return a report.
+    """Choose how every quantised layer of `model` multiplies, arrange its weight for that, and return a report.
 
-    The choice holds for the layers themselves, whatever `HQQLinear.set_backend` says; their forward passes then compile
-    without a graph break. Weights, state_dict and layer classes stay as they are, and `restore` undoes it.
+    Layers keep their class, and state_dict, W_q, meta and dequantize() give what they gave before: codes that a backend
+    has arranged in its own way are brought back whenever they are asked for, bit for bit. Moving, casting, loading and
+    copying work as ever, and choose again. `restore` undoes it all, and preparing for another backend replaces it.
 
     Args:
         model: may be a quantised layer itself; layers inside adapters count too.
-        allow_merge: permits merging zeros into adapters, as the original's kernels for symmetric codes did; none of
-            these backends does that, so it makes no difference.
-        backend: "default" (the Triton kernels where they run, else torch), "pytorch", "pytorch_compile" or "triton".
+        allow_merge: taken for old callers, whose kernels could merge zeros into adapters; it makes no difference.
+        backend: "default" or "auto" (the best for each layer: on CUDA "native", where its kernels do not take the layer
+            "triton"; on the CPU "cpu"; else "pytorch"), or one of
+            "native": fused kernels (8 to 1 bit, both axes, fp16 and bf16);
+            "triton": "native" where it can be, else Triton's dequantisation and torch's product;
+            "pytorch", "pytorch_compile": the reference, or the reference compiled, and torch's product;
+            "torchao_int4": torch's int4 product on CUDA (bf16, axis 1);
+            "gemlite", "marlin", "bitblas": kernels of the library of that name;
+            "cpu": torch's int4 and int8 products on the CPU (bf16, axis 1).
         verbose: log the report, at level INFO.
         strict: raise if a layer does not get `backend`; "default" takes what there is.
 
-    Raises BackendError for an unknown backend, for a model without quantised layers, and under `strict`; the model is
-    then as it was.
+    A layer that its backend does not take gets the best one that does, and the report says why. Raises BackendError for
+    an unknown backend, for one whose library is not there, for a model without quantised layers, and under `strict`;
+    the model is then as it was.
     """
-    if backend not in _CANDIDATES:
-        raise BackendError(
-            f"got backend={backend!r}, which this version of hqq does not have; expected one of "
-            f"{', '.join(map(repr, _CANDIDATES))}"
-        )
+    check_asked(backend)
     layers = quantized_layers(model)
     if not layers:
         raise BackendError(
             f"got {type(model).__name__} without quantised layers; quantise it, or load it quantised"
         )
-    chosen = {name: _choose(layer, backend) for name, layer in layers.items()}
-    rows = tuple(LayerPreparation(name, backend, got.value, reason) for name, (got, reason) in chosen.items())
-    report = PreparationReport(backend, rows)
-    if strict and report.missed:
-        first = report.missed[0]
-        raise BackendError(
-            f"got {len(report.missed)} of {len(rows)} layers that cannot use {backend!r}, first {first.layer}: "
-            f"{first.reason}; use strict=False to let them use {first.got!r}"
-        )
-    for name, layer in layers.items():
-        _set(layer, chosen[name][0])
+    if strict:
+        choices = {name: layer.choice(backend) for name, layer in layers.items()}
+        _check(_report(backend, {name: (c.got, c.reason) for name, c in choices.items()}))
+    report = _prepare(model, layers, backend, strict)
     if verbose:
         _logger.info("%s", report)
     return report
 
 
+def _prepare(
+    model: nn.Module, layers: dict[str, QuantizedModule], backend: str, strict: bool
+) -> PreparationReport:
+    before = {layer: layer.preparation for layer in layers.values()}
+    shared = _with_shared_codes(model)
+    done: dict[str, Preparation] = {}
+    try:
+        for name, layer in layers.items():
+            done[name] = layer.prepare(backend, keep_codes=layer in shared)
+        report = _report(backend, {name: (row.got, row.reason) for name, row in done.items()})
+        if strict:
+            _check(report)
+    except Exception:
+        for layer, preparation in before.items():
+            layer.unprepare()
+            if preparation is not None:
+                layer.prepare(preparation.asked, preparation.keep_codes)
+        raise
+    return report
+
+
+def _report(asked: str, rows: dict[str, tuple[str, str | None]]) -> PreparationReport:
+    return PreparationReport(asked, tuple(LayerPreparation(name, asked, *row) for name, row in rows.items()))
+
+
+def _check(report: PreparationReport) -> None:
+    if report.missed:
+        first = report.missed[0]
+        raise BackendError(
+            f"got {len(report.missed)} of {len(report.layers)} layers that cannot use {report.asked!r}, first "
+            f"{first.layer}: {first.reason}; use strict=False to let them use {first.got!r}"
+        )
+
+
 def restore(model: nn.Module) -> nn.Module:
     """Undo `prepare_for_inference` and return `model`."""
     for layer in quantized_layers(model).values():
-        if _BEFORE in vars(layer):
-            before = vars(layer).pop(_BEFORE)
-            vars(layer).pop("backend", None)
-            if before is not None:
-                layer.backend = before
+        layer.unprepare()
     return model
 
 
@@ -144,26 +161,11 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedModule]:
     }
 
 
-def _choose(layer: QuantizedModule, asked: str) -> tuple[HQQBackend, str | None]:
-    """Return the best backend among those that `asked` stands for, and why not a better one."""
-    reasons: list[str] = []
-    for candidate in _CANDIDATES[asked]:
-        reason = _refusal(layer, candidate)
-        if reason is None:
-            return candidate, reasons[0] if reasons else None
-        reasons.append(reason)
-    return HQQBackend(EAGER.name), reasons[0]
-
-
-def _refusal(layer: QuantizedModule, candidate: HQQBackend) -> str | None:
-    """Return why `candidate` cannot serve `layer`, or None."""
-    q = layer.expert(0) if isinstance(layer, HQQExperts) else layer.qtensor()
-    backend = get_backend(candidate.value)
-    return backend.available() or backend.supports(q.spec, layer.compute_dtype, q.device)
-
-
-def _set(layer: QuantizedModule, backend: HQQBackend) -> None:
-    if _BEFORE not in vars(layer):
-        setattr(layer, _BEFORE, vars(layer).get("backend"))
-    layer.backend = backend
-    layer.selection()  # chosen now: a graph that is being compiled cannot
+def _with_shared_codes(model: nn.Module) -> set[QuantizedModule]:
+    """Return the layers whose codes another layer or an embedding of `model` uses too."""
+    users: dict[int, list[QuantizedModule]] = {}
+    for module in named_sites(model):
+        codes = module._parameters.get("W_q") if isinstance(module, QuantizedModule) else None
+        if isinstance(module, QuantizedModule) and codes is not None:
+            users.setdefault(id(codes), []).append(module)
+    return {module for modules in users.values() if len(modules) > 1 for module in modules}

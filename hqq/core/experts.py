@@ -20,7 +20,7 @@ from hqq.core.devices import DeviceLike, resolve_device
 from hqq.core.expert_stack import is_stack, part, part_of_state, stack
 from hqq.core.layer_state import missing_keys, unexpected_keys
 from hqq.core.linear import HQQLinear
-from hqq.core.qtensor import QTensor
+from hqq.core.qtensor import QSpec, QTensor
 from hqq.core.quantized_module import QuantizedModule
 from hqq.core.wire import decode_state
 from hqq.errors import HQQError, MissingKeysError, NotQuantizedError, ShapeError
@@ -92,6 +92,12 @@ class HQQExperts(QuantizedModule):
         if reshape:
             codes = [q.spec.grouping.ungroup(c) for q, c in zip(parts, codes, strict=True)]
         return torch.stack(codes)
+
+    def _prepared_spec(self) -> QSpec:
+        return self.expert(0).spec
+
+    def _why_only_dequantized(self) -> str | None:
+        return "experts are read as matrices, one by one, and dequantised for that"
 
     # What code written for the parameter asks of it
 

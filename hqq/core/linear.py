@@ -14,6 +14,7 @@ from hqq.core.config import LegacyConfig, complete_config
 from hqq.core.devices import DeviceLike, resolve_device
 from hqq.core.matmul import DequantLinear
 from hqq.core.meta import qtensor_from_meta
+from hqq.core.prepared import PreparedWeight
 from hqq.core.quantized_module import QuantizedModule
 from hqq.core.quantizer import Quantizer
 from hqq.core.storable import check_representable
@@ -159,12 +160,16 @@ class HQQLinear(QuantizedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ W^T + bias`: x [..., K] in the compute dtype, result [..., N]."""
-        q = self.qtensor()
+        prepared = self.prepared
+        q = self.qtensor() if prepared is None else None
         if x.dtype != self._compute_dtype and not torch.is_autocast_enabled(x.device.type):
             raise DtypeError(
                 f"got input of {x.dtype}; the layer computes in {self._compute_dtype}. Cast the input, or the layer "
                 f"with .to({x.dtype})"
             )
+        if prepared is not None:
+            return self._multiply(prepared, x)
+        assert q is not None
         backend = self.selection().backend
         if torch.is_grad_enabled() and (
             x.requires_grad or (self.bias is not None and self.bias.requires_grad)
@@ -173,6 +178,16 @@ class HQQLinear(QuantizedModule):
             args = (x, self.bias, q.W_q, scale, zero, q.spec, backend, self._compute_dtype)
             return DequantLinear.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
         return F.linear(x, backend.dequantize(q.W_q, q.scale, q.zero, q.spec, self._compute_dtype), self.bias)
+
+    def _multiply(self, prepared: PreparedWeight, x: Tensor) -> Tensor:
+        K = prepared.spec.shape[1]
+        if x.ndim == 0 or x.shape[-1] != K:
+            raise ShapeError(f"got input of shape {tuple(x.shape)}; the layer takes [..., {K}]")
+        if not torch.is_autocast_enabled(x.device.type):
+            return prepared.matmul(x, self.bias)
+        # As F.linear does, but computed in the layer's own dtype.
+        y = prepared.matmul(x.to(prepared.dtype), self.bias)
+        return y.to(torch.get_autocast_dtype(x.device.type))
 
     def extra_repr(self) -> str:
         if self._spec is None:

@@ -17,17 +17,20 @@ from hqq.core.layer_state import LayerStateMixin
 from hqq.core.meta import meta_of, qtensor_from_meta
 from hqq.core.meta_view import MetaView
 from hqq.core.metadata import QuantizedMetadata
+from hqq.core.preparation import Preparation, PreparedMixin
 from hqq.core.qtensor import QSpec, QTensor
 from hqq.errors import BackendError, NotQuantizedError
 
 _TENSORS = ("W_q", "bias")
+_WIRE = ("W_q", "scale", "zero")
 
 
-class QuantizedModule(LayerStateMixin, nn.Module):
+class QuantizedModule(PreparedMixin, LayerStateMixin, nn.Module):
     """Packed codes as a parameter without gradient, scale and zero as buffers (or as modules where quantised).
 
     The nn.Module protocol holds: `.to()` moves everything, a dtype changes the compute dtype and never the codes,
-    copies and pickles are independent layers. `state_dict` is the wire format of the original.
+    copies and pickles are independent layers. `state_dict` is the wire format of the original, also of a layer whose
+    weight is `prepared` for a backend.
     """
 
     backend: HQQBackend = HQQBackend.PYTORCH
@@ -48,6 +51,7 @@ class QuantizedModule(LayerStateMixin, nn.Module):
         self._meta_view: weakref.ref[MetaView] | None = None
         self._selection: Selection | None = None
         self._selected_for: HQQBackend | None = None
+        self._preparation: Preparation | None = None
         self._compute_dtype = check_compute_dtype(compute_dtype)
         self._device = device
         self.quant_config: LegacyConfig | None = None
@@ -60,6 +64,8 @@ class QuantizedModule(LayerStateMixin, nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             return  # the weight is the codes; callers that attach a dummy weight lose nothing
+        if name in _WIRE and self.prepared is not None:
+            self.unprepare()
         is_plain = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
         # Whoever deletes the parameter first (FSDP, which keeps its own and lends views of it) gets a plain attribute.
         if name in _TENSORS and name in self._parameters and is_plain:
@@ -67,6 +73,17 @@ class QuantizedModule(LayerStateMixin, nn.Module):
         elif name == "W_q" and isinstance(value, nn.Parameter):
             value.requires_grad_(False)  # nn.Parameter(codes viewed as float) would train them
         super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _WIRE and self._modules.get("prepared_weight") is not None:
+            own = self._parameters if name == "W_q" else self._buffers
+            return own[name] if name in own else self._wire_copy(name)
+        return super().__getattr__(name)
+
+    def __delattr__(self, name: str) -> None:
+        if name in _WIRE and self.prepared is not None:
+            self.unprepare()
+        super().__delattr__(name)
 
     @property
     def weight(self) -> Tensor:
@@ -87,6 +104,8 @@ class QuantizedModule(LayerStateMixin, nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the codes are, or, before there are any, where they will be."""
+        if self.prepared is not None:
+            return self.prepared.device
         return self.W_q.device if self.W_q is not None else resolve_device(self._device)
 
     @device.setter
@@ -109,6 +128,7 @@ class QuantizedModule(LayerStateMixin, nn.Module):
         if meta is None:
             self._clear_meta()
             return
+        self.unprepare()
         W_q = self.W_q if self.W_q is not None else torch.empty(0)
         q = qtensor_from_meta(W_q, meta, check=self.W_q is not None)
         self._set_spec(q.spec)
@@ -123,9 +143,13 @@ class QuantizedModule(LayerStateMixin, nn.Module):
     def _meta_dict(self) -> dict[str, Any]:
         if self._spec is None:
             return {}
-        W_q = getattr(self, "W_q", None)  # callers that free a layer delete it
-        W_q = W_q if W_q is not None else torch.empty(0)
-        meta = meta_of(QTensor(W_q, self._stat("scale"), self._stat("zero"), self._spec), self._compute_dtype)
+        if self.prepared is not None:
+            q = self.qtensor()
+        else:
+            W_q = getattr(self, "W_q", None)  # callers that free a layer delete it
+            W_q = W_q if W_q is not None else torch.empty(0)
+            q = QTensor(W_q, self._stat("scale"), self._stat("zero"), self._spec)
+        meta = meta_of(q, self._compute_dtype)
         meta.update(self._extra_meta)
         return {
             key: value for key, value in meta.items() if value is not None or key not in ("scale", "zero")
@@ -146,10 +170,14 @@ class QuantizedModule(LayerStateMixin, nn.Module):
 
     def is_initialized(self) -> bool:
         """Whether the layer holds a quantised weight."""
-        return getattr(self, "W_q", None) is not None and self._spec is not None
+        has_codes = self.prepared is not None or getattr(self, "W_q", None) is not None
+        return has_codes and self._spec is not None
 
     def qtensor(self) -> QTensor:
-        """Return the quantised weight; raises NotQuantizedError if there is none."""
+        """Return the quantised weight, a copy if it is prepared; raises NotQuantizedError if there is none."""
+        prepared = self.prepared
+        if prepared is not None and "W_q" not in self._parameters:
+            return prepared.to_qtensor()
         if self.W_q is None or self._spec is None:
             raise NotQuantizedError(
                 f"got a {type(self).__name__} without a quantised weight; "
@@ -159,13 +187,17 @@ class QuantizedModule(LayerStateMixin, nn.Module):
 
     def stored_shape(self) -> tuple[int, ...]:
         """Return the shape of the whole weight; raises NotQuantizedError if there is none."""
-        return self.qtensor().spec.shape
+        spec = self._spec if self.prepared is not None else None
+        return (spec or self.qtensor().spec).shape
 
     def _stat(self, name: str) -> Any:
         quantized = self._quantized_stat(name)
         return getattr(self, name) if quantized is None else quantized.qtensor()
 
     def _quantized_stat(self, name: str) -> QuantizedMetadata | None:
+        if self.prepared is not None and "W_q" not in self._parameters:
+            stat = self.prepared.nested(name)
+            return None if stat is None else QuantizedMetadata(stat)
         module = self._modules.get(f"{name}_quantized")
         return module if isinstance(module, QuantizedMetadata) else None
 
@@ -178,11 +210,12 @@ class QuantizedModule(LayerStateMixin, nn.Module):
 
     def _set_qtensor(self, q: QTensor) -> None:
         """Take over `q` on the layer's device, scale and zero in the compute dtype."""
-        target = resolve_device(self._device)
-        self.W_q = nn.Parameter(q.W_q.detach().to(target).contiguous(), requires_grad=False)
-        self._set_spec(q.spec)
-        self._set_stats(q)
-        self.in_gpu = target.type == "cuda"
+        with self.as_codes():
+            target = resolve_device(self._device)
+            self.W_q = nn.Parameter(q.W_q.detach().to(target).contiguous(), requires_grad=False)
+            self._set_spec(q.spec)
+            self._set_stats(q)
+            self.in_gpu = target.type == "cuda"
 
     def _set_spec(self, spec: QSpec) -> None:
         self._spec = spec
@@ -197,6 +230,7 @@ class QuantizedModule(LayerStateMixin, nn.Module):
                 self._set_stat(name, stat.detach().to(target, self._compute_dtype).contiguous(), None)
 
     def _clear_meta(self) -> None:
+        self.unprepare()
         view = self._meta_view() if self._meta_view is not None else None
         if view is not None:
             view.detach()
@@ -215,9 +249,22 @@ class QuantizedModule(LayerStateMixin, nn.Module):
             zero = zero.dequantize(self._compute_dtype)
         return scale, zero
 
+    def _prepared_spec(self) -> QSpec:
+        """Return the description of what a backend would prepare; raises NotQuantizedError without a weight."""
+        return self._spec if self.prepared is not None and self._spec is not None else self.qtensor().spec
+
+    def _why_only_dequantized(self) -> str | None:
+        """Return why no backend can prepare the weight as a whole, or None."""
+        return None
+
     # Moving
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
+        with self.as_codes():
+            self._apply_to_codes(fn, recurse)
+        return self
+
+    def _apply_to_codes(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
         # What becomes of an empty tensor is what becomes of the layer, also of one that has no weight yet.
         before = torch.empty(0, dtype=self._compute_dtype, device=self.device)
         moved = fn(before)
@@ -238,11 +285,16 @@ class QuantizedModule(LayerStateMixin, nn.Module):
         if self.W_q is not None or moved.device != before.device:
             self._device = moved.device
         self.in_gpu = self.W_q is not None and self.W_q.is_cuda
-        return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # A view of the description belongs to its caller, and has no place in copies and pickles.
-        return {**self.__dict__, "_meta_view": None}
+        # A view of the description belongs to its caller, and has no place in copies and pickles; nor has a prepared
+        # weight, which belongs to this machine.
+        return self._state_as_codes()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_preparation": None, **state})  # type: ignore[no-untyped-call]
+        if self._preparation is not None:
+            self._prepare_again(self._preparation)
 
     def cuda(self, device: DeviceLike | torch.dtype = None) -> QuantizedModule:
         """Move to `device` (any device, despite the name; default CUDA) and return self; a dtype means no move."""
