@@ -14,11 +14,13 @@ from torch import Tensor
 
 from hqq.kernels import decode_launch
 from hqq.kernels.availability import interpreting
-from hqq.kernels.decode_heads import new_heads
+from hqq.kernels.decode_heads import new_heads, rotation
 from hqq.kernels.decode_launch import on, options, processors, rounded
 from hqq.kernels.dequant_flow import start_next, wait_for_previous
 
 _BLOCK = 64
+_WARPS = 4
+_JOIN_WARPS = 4
 _MOST_SPLITS = 32
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -38,7 +40,6 @@ def _attention_kernel(
     positions,
     sums,
     stats,
-    arrived,
     out,
     q_stride,
     k_stride,
@@ -62,16 +63,13 @@ def _attention_kernel(
 ):
     """One of SPLITS parts of the filled cache for one row and the GROUP query heads of one key head.
 
-    Flash decoding: each part keeps its largest score, the sum of exponentials and the weighted sum of values; the last
-    part to arrive joins them, in the order of the parts, so that the result does not depend on who is last. The first
-    part also has the new token, whose key and value it writes into the cache.
+    Flash decoding: each part keeps its largest score, the sum of exponentials and the weighted sum of values, which
+    `_join_kernel` puts together; a single part is the result. The first part also has the new token, whose key and
+    value it writes into the cache.
     """
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position, begin = tl.load(positions + row), tl.load(begins + row)
-    lowest = tl.maximum(begin, position - window + 1)
-    blocks = (position - lowest + BLOCK - 1) // BLOCK
-    each = tl.maximum((blocks + SPLITS - 1) // SPLITS, 1)
-    used = tl.maximum((blocks + each - 1) // each, 1)
+    lowest, each, used = _parts(position, begin, window, SPLITS, BLOCK)
     if split >= used:
         if OVERLAP:
             wait_for_previous()
@@ -88,6 +86,7 @@ def _attention_kernel(
     there = (n < stop)[:, None] & inside[None, :]
     key = tl.load(keys + at, mask=there, other=0.0)
     value = tl.load(values + at, mask=there, other=0.0)
+    c, s = rotation(cos + (position - begin) * HEAD, sin + (position - begin) * HEAD, HEAD, HEAD_PAD)
     if OVERLAP:
         wait_for_previous()
         start_next()
@@ -95,8 +94,8 @@ def _attention_kernel(
         q + row.to(tl.int64) * q_stride + head * GROUP * HEAD,
         k + row.to(tl.int64) * k_stride + head * HEAD,
         v + row.to(tl.int64) * v_stride + head * HEAD,
-        cos + (position - begin) * HEAD,
-        sin + (position - begin) * HEAD,
+        c,
+        s,
         q_weight,
         k_weight,
         eps,
@@ -137,7 +136,7 @@ def _attention_kernel(
     g = tl.arange(0, GROUP_PAD)
     real = (g < GROUP)[:, None] & inside[None, :]
     heads = owner * GROUP * HEAD
-    if used == 1:
+    if SPLITS == 1:
         tl.store(
             out + heads + g[:, None] * HEAD + d[None, :],
             rounded(result / total[:, None], DTYPE, INTERPRETED).to(DTYPE),
@@ -148,43 +147,53 @@ def _attention_kernel(
         tl.store(sums + part[:, None] * HEAD + d[None, :], result, mask=real)
         tl.store(stats + part * 2, top, mask=g < GROUP)
         tl.store(stats + part * 2 + 1, total, mask=g < GROUP)
-        tl.debug_barrier()
-        if tl.atomic_add(arrived + owner, 1, sem="acq_rel", scope="gpu") == used - 1:
-            tl.store(arrived + owner, 0)
-            _join(sums, stats, out + heads, owner, used, GROUP, HEAD, HEAD_PAD, SPLITS, DTYPE, INTERPRETED)
 
 
 @triton.jit
-def _join(
+def _parts(position, begin, window, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """The first place of the cache that is seen, the blocks in each part, and how many parts have any."""
+    lowest = tl.maximum(begin, position - window + 1)
+    blocks = (position - lowest + BLOCK - 1) // BLOCK
+    each = tl.maximum((blocks + SPLITS - 1) // SPLITS, 1)
+    return lowest, each, tl.maximum((blocks + each - 1) // each, 1)
+
+
+@triton.jit
+def _join_kernel(
     sums,
     stats,
+    begins,
+    positions,
     out,
-    owner,
-    used,
+    window,
+    HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """The parts of one key head's queries as one result."""
+    """The parts of one query head of one row as one result, always in the same order."""
+    head, row = tl.program_id(0), tl.program_id(1)
+    _, _, used = _parts(tl.load(positions + row), tl.load(begins + row), window, SPLITS, BLOCK)
     d = tl.arange(0, HEAD_PAD)
     s = tl.arange(0, SPLITS)
-    for g in tl.static_range(GROUP):
-        part = (owner * SPLITS + s) * GROUP + g
-        # Written by other processors: the first-level cache may hold what was there before.
-        top = tl.load(stats + part * 2, mask=s < used, other=-float("inf"), cache_modifier=".cg")
-        total = tl.load(stats + part * 2 + 1, mask=s < used, other=0.0, cache_modifier=".cg")
-        mine = tl.load(
-            sums + part[:, None] * HEAD + d[None, :],
-            mask=(s < used)[:, None] & (d < HEAD)[None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        weight = tl.exp2(top - tl.max(top, 0))
-        joined = tl.sum(weight[:, None] * mine, 0) / tl.sum(weight * total, 0)
-        tl.store(out + g * HEAD + d, rounded(joined, DTYPE, INTERPRETED).to(DTYPE), mask=d < HEAD)
+    owner = (row * (HEADS // GROUP) + head // GROUP).to(tl.int64)
+    part = (owner * SPLITS + s) * GROUP + head % GROUP
+    there = (s < used)[:, None] & (d < HEAD)[None, :]
+    if OVERLAP:
+        start_next()
+        wait_for_previous()
+    mine = tl.load(sums + part[:, None] * HEAD + d[None, :], mask=there, other=0.0)
+    top = tl.load(stats + part * 2, mask=s < used, other=-float("inf"))
+    total = tl.load(stats + part * 2 + 1, mask=s < used, other=0.0)
+    weight = tl.exp2(top - tl.max(top, 0))
+    joined = tl.sum(weight[:, None] * mine, 0) / tl.sum(weight * total, 0)
+    at = (row.to(tl.int64) * HEADS + head) * HEAD + d
+    tl.store(out + at, rounded(joined, DTYPE, INTERPRETED).to(DTYPE), mask=d < HEAD)
 
 
 @dataclass(frozen=True)
@@ -193,7 +202,6 @@ class AttentionSpace:
 
     sums: Tensor
     stats: Tensor
-    arrived: Tensor
 
     @classmethod
     def make(
@@ -208,7 +216,6 @@ class AttentionSpace:
         return cls(
             torch.empty(*parts, head, dtype=torch.float32, device=device),
             torch.empty(*parts, 2, dtype=torch.float32, device=device),
-            torch.zeros(rows * kv_heads, dtype=torch.int32, device=device),
         )
 
 
@@ -248,11 +255,18 @@ def decode_attention(
     rows, kv_heads, length, head = keys.shape
     group = q.shape[1] // (kv_heads * head)
     out = decode_launch.new_output(q, q.shape[1])
-    splits = space.sums.shape[2]
-    common = options(q.device, q.dtype)
     weights = (q, k) if norm is None else (norm.q, norm.k)
+    window = length if window is None else window
+    common = {
+        "GROUP": group,
+        "HEAD": head,
+        "HEAD_PAD": max(16, triton.next_power_of_2(head)),
+        "SPLITS": space.sums.shape[2],
+        "BLOCK": _BLOCK,
+        **options(q.device, q.dtype),
+    }
     with on(q.device):
-        _attention_kernel[(splits, kv_heads, rows)](
+        _attention_kernel[(space.sums.shape[2], kv_heads, rows)](
             q,
             k,
             v,
@@ -265,26 +279,32 @@ def decode_attention(
             positions,
             space.sums,
             space.stats,
-            space.arrived,
             out,
             q.stride(0),
             k.stride(0),
             v.stride(0),
             length,
-            length if window is None else window,
+            window,
             scale,
             0.0 if norm is None else norm.eps,
             KV_HEADS=kv_heads,
-            GROUP=group,
             GROUP_PAD=max(16, triton.next_power_of_2(group)),
-            HEAD=head,
-            HEAD_PAD=max(16, triton.next_power_of_2(head)),
             NORMED=norm is not None,
-            SPLITS=splits,
-            BLOCK=_BLOCK,
             DOT=tl.float32 if interpreting() else common["DTYPE"],
-            num_warps=4,
+            num_warps=_WARPS,
             num_stages=1,
             **common,
         )
+        if space.sums.shape[2] > 1:
+            _join_kernel[(kv_heads * group, rows)](
+                space.sums,
+                space.stats,
+                begins,
+                positions,
+                out,
+                window,
+                HEADS=kv_heads * group,
+                num_warps=_JOIN_WARPS,
+                **common,
+            )
     return out

@@ -12,12 +12,21 @@ from hqq.kernels.decode_launch import rounded
 
 
 @triton.jit
+def rotation(cos, sin, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr):
+    """Cosine and sine of one position, the sine negative for the first half, in fp32."""
+    d = tl.arange(0, HEAD_PAD)
+    c = tl.load(cos + d, mask=d < HEAD, other=0.0).to(tl.float32)
+    s = tl.load(sin + d, mask=d < HEAD, other=0.0).to(tl.float32)
+    return c, tl.where(d < HEAD // 2, -s, s)
+
+
+@triton.jit
 def new_heads(
     q,
     k,
     v,
-    cos,
-    sin,
+    c,
+    s,
     q_weight,
     k_weight,
     eps,
@@ -38,9 +47,6 @@ def new_heads(
     inside = d < HEAD
     real = (g < GROUP)[:, None] & inside[None, :]
     other = tl.where(d < HEAD // 2, d + HEAD // 2, d - HEAD // 2)
-    c = tl.load(cos + d, mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(sin + d, mask=inside, other=0.0).to(tl.float32)
-    s = tl.where(d < HEAD // 2, -s, s)
     query = tl.load(q + g[:, None] * HEAD + d[None, :], mask=real, other=0.0).to(tl.float32)
     query_other = tl.load(q + g[:, None] * HEAD + other[None, :], mask=real, other=0.0).to(tl.float32)
     key = tl.load(k + d, mask=inside, other=0.0).to(tl.float32)

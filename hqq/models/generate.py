@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hqq.errors import ConfigError
+from hqq.errors import BackendError, ConfigError
+from hqq.kernels.availability import device_reason, unavailable_reason
 from hqq.models.generation.accelerate_hooks import make_hooks_compilable
 from hqq.models.generation.compiled_runtime import (
     WARMUP_PROMPTS,
@@ -17,6 +19,7 @@ from hqq.models.generation.compiled_runtime import (
     unpatch_model_for_compiled_runtime,
 )
 from hqq.models.generation.decoder import Decoder, without_graphs
+from hqq.models.generation.family import Family, take_apart
 from hqq.models.generation.loop import Loop, end_of
 from hqq.models.generation.prompts import Prompt, encode, left_padded, pad_token
 from hqq.models.generation.sampling import Sampling
@@ -35,6 +38,9 @@ __all__ = [
 _RESULT = ("output_text", "output_tokens", "input_tokens", "finish_reason")
 _SMALLEST_CACHE = 64
 
+_logger = logging.getLogger(__name__)
+
+_STEPS = ("auto", "fused", "transformers")
 _COMPILE_MODES = (None, "partial", "full")
 _COMPILE_OPTIONS: Mapping[str, Any] = {"mode": "reduce-overhead", "fullgraph": True}
 
@@ -43,8 +49,9 @@ class HFGenerator:
     """Generates text with a causal language model of transformers, quantised or not, on any device.
 
     The cache has a fixed size, so that a decoding step is the same graph each time: run as it is, compiled by
-    torch.compile without a graph break, or repeated as a CUDA graph (`enable_cuda_graph`). Greedy generation gives the
-    tokens that the model's own `generate` gives.
+    torch.compile without a graph break, or repeated as a CUDA graph (`enable_cuda_graph`). On CUDA, models of the Llama
+    family have a fused step of few kernels, which is a CUDA graph by itself. Greedy generation gives the tokens that
+    the model's own `generate` gives.
 
     Args:
         model: where its parameters are is where it runs; it is put into eval mode.
@@ -60,8 +67,10 @@ class HFGenerator:
         seed: of the sampling: each call of `generate` starts from it. None draws a new one for the generator.
         stop: strings that end a text, and are not part of it.
         eos_token_id: tokens that end a text; None takes the model's.
+        step: "fused", "transformers" (the model's own forward pass), or "auto": fused where it can be. `step_reason`
+            says why it is not.
 
-    Raises ConfigError for arguments out of range.
+    Raises ConfigError for arguments out of range, and BackendError for step="fused" where that cannot be.
     """
 
     def __init__(
@@ -83,9 +92,12 @@ class HFGenerator:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         eos_token_id: int | Sequence[int] | None = None,
+        step: str = "auto",
     ) -> None:
         if compile not in _COMPILE_MODES:
             raise ConfigError(f'got compile={compile!r}; expected None, "partial" or "full"')
+        if step not in _STEPS:
+            raise ConfigError(f"got step={step!r}; expected one of {', '.join(map(repr, _STEPS))}")
         if not do_sample and (top_p is not None or min_p is not None or seed is not None):
             raise ConfigError(
                 "got top_p, min_p or seed without sampling; pass do_sample=True, or leave them out"
@@ -111,6 +123,8 @@ class HFGenerator:
         self._compile = compile
         self._compile_options = dict(_COMPILE_OPTIONS if compile_options is None else compile_options)
         self._graphs = False
+        self._wanted = step
+        self._family, self.step_reason = self._parts(step)
         self._decoder: Decoder | None = None
         self._inputs: tuple[Tensor, Tensor] | None = None
 
@@ -339,11 +353,34 @@ class HFGenerator:
         power = max(_SMALLEST_CACHE, 1 << (tokens + limit - 1).bit_length())
         return power if context is None else min(power, context)
 
+    def _parts(self, step: str) -> tuple[Family | None, str | None]:
+        """Return the parts of the model for the fused step, or None and the reason why it has none."""
+        reason: str | None
+        if step == "transformers":
+            return None, 'step="transformers" was asked for'
+        if self._compile is not None:
+            reason = f"compile={self._compile!r} was asked for"
+        elif step == "auto" and self.device.type != "cuda":
+            return None, f"the model is on {self.device}"
+        else:
+            reason = unavailable_reason() or device_reason(self.device)
+        if reason is None:
+            try:
+                return take_apart(self.model), None
+            except BackendError as error:
+                reason = str(error)
+        if step == "fused":
+            raise BackendError(f"got step='fused', which cannot be: {reason}")
+        _logger.info("decoding with the model's own forward pass: %s", reason)
+        return None, reason
+
     def _new_decoder(self, batch: int, length: int) -> Decoder:
         pad = pad_token(self.tokenizer, self.ends)
         decoder = Decoder(
             self.model, batch, length, self.device, self.sampling, self.ends, pad, self._generator
         )
+        if self._fuse(decoder):
+            return decoder
         options = without_graphs(self._compile_options) if self._graphs else self._compile_options
         if self._compile == "full":
             decoder.compile_prefill(options)
@@ -352,6 +389,22 @@ class HFGenerator:
         if self._graphs:
             decoder.capture_next()
         return decoder
+
+    def _fuse(self, decoder: Decoder) -> bool:
+        """Give `decoder` the fused step, as a CUDA graph where there is CUDA; returns whether it has it."""
+        if self._family is None:
+            return False
+        try:
+            decoder.fuse(self._family)
+        except BackendError as error:
+            if self._wanted == "fused":
+                raise
+            self._family, self.step_reason = None, str(error)
+            _logger.info("decoding with the model's own forward pass: %s", error)
+            return False
+        if self.device.type == "cuda":
+            decoder.capture_next()
+        return True
 
 
 def _only_row(result: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hqq.models.generation.sampling import Sampling
 from hqq.models.generation.transformers_cache import CachedModel, empty_mask, vocabulary_size
+
+if TYPE_CHECKING:
+    from hqq.models.generation.family import Family
+    from hqq.models.generation.fused_step import FusedStep, GreedyState
 
 Compile = Mapping[str, Any]
 
@@ -65,7 +69,8 @@ class Decoder:
         self._step: Callable[[], None] = self._one_step
         self._graph: torch.cuda.CUDAGraph | None = None
         self._to_capture = self._compiled = False
-        self._warm = False
+        self._fused: FusedStep | None = None
+        self._greedy: GreedyState | None = None
 
     # How it runs
 
@@ -83,9 +88,22 @@ class Decoder:
         self._prefill = torch.compile(_own_code(self.model.__call__), **options)
         self._allocate()
 
+    def fuse(self, family: Family) -> None:
+        """Decode with the fused step, which needs Triton; the prompt still goes through the model itself.
+
+        family: the parts of the model. Raises BackendError for a cache that the fused step does not take.
+        """
+        from hqq.models.generation.fused_step import FusedStep, GreedyState
+
+        self._allocate()
+        self._fused = FusedStep(family, self.model.tensors())
+        self._greedy = GreedyState(self.token, self.finished, self.ids, self._ends, self.pad)
+        self._step = self._fused_step
+
     def capture_next(self) -> None:
         """Record the next step as a CUDA graph and repeat that from then on; raises BackendError if it cannot be."""
-        self.model.check_capturable(self._compiled)
+        if self._fused is None:
+            self.model.check_capturable(self._compiled)
         self._to_capture = True
 
     @torch.no_grad()
@@ -119,6 +137,8 @@ class Decoder:
         self.position_ids.copy_(positions[:, -1:])
         self.cache_position.fill_(tokens - 1)
         self._advance(logits)
+        if self._fused is not None:
+            self._fused.start(attention_mask)
         return self.token
 
     @torch.no_grad()
@@ -136,6 +156,16 @@ class Decoder:
     def _one_step(self) -> None:
         self.attention_mask.index_fill_(1, self.cache_position, 1)
         self._advance(self.model(self.token, self.attention_mask, self.position_ids, self.cache_position))
+
+    def _fused_step(self) -> None:
+        fused, greedy = self._fused, self._greedy
+        assert fused is not None and greedy is not None
+        logits = fused.logits(self.token)
+        if self.sampling.draws or self.sampling.remembers:
+            self._advance(logits)
+            fused.positions.add_(1)
+        else:
+            fused.advance_greedily(logits, greedy)
 
     def _advance(self, logits: Tensor) -> None:
         """Choose a token for each row by `logits` [B, V] and make it the next one to feed."""
@@ -165,6 +195,8 @@ class Decoder:
             self.finished,
             self.ids,
         ]
+        if self._fused is not None:
+            optional.append(self._fused.positions)
         return state + optional
 
     def _capture(self) -> None:

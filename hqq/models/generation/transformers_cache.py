@@ -58,6 +58,10 @@ class CachedModel:
         """Empty the cache; its tensors stay where they are."""
         self.cache.reset()
 
+    def tensors(self) -> list[tuple[Tensor, Tensor]]:
+        """Return keys and values [B, KV, length, D] of each layer, once the cache is allocated."""
+        return [(layer.keys, layer.values) for layer in self.cache.layers]
+
     def lengths(self) -> list[Tensor]:
         """Return the counters that the cache keeps as tensors, which a step advances in place."""
         counters = (getattr(layer, "cumulative_length", None) for layer in self.cache.layers)

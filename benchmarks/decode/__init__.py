@@ -1,0 +1,1 @@
+"""Whole-model decoding: tokens per second, and where a step goes."""

@@ -1,0 +1,110 @@
+"""Timing decoding steps and prompts, and dividing a step among its kernels."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from hqq.models.generate import HFGenerator
+
+# Kernel names -> kind; everything else that lies between two of these is a matrix product.
+_KINDS = {
+    "norm": "_add_norm_kernel",
+    "attention": "_attention_kernel",
+    "activation": "_silu_mul_kernel",
+    "argmax": "_argmax_kernel",
+    "embedding": "indexSelect|index_select|embedding|gather",
+}
+
+
+def started(
+    model: Any, batch: int, prompt: int, steps: int, cache: int, **options: Any
+) -> tuple[HFGenerator, torch.Tensor]:
+    """Return a generator that has read random prompts, and their next tokens."""
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    generator = HFGenerator(model, tokenizer, steps, cache_size=cache, eos_token_id=(), **options)
+    ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device="cuda")
+    generator.setup({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, steps)
+    return generator, generator.prefill()
+
+
+def milliseconds_per_step(generator: HFGenerator, token: torch.Tensor, steps: int, warm: int = 8) -> float:
+    """Return the wall-clock time of a step as the mean over `steps` of them, launching and Python included."""
+    for _ in range(warm):
+        token = generator.gen_next_token(token)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(steps):
+        token = generator.gen_next_token(token)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / steps * 1e3
+
+
+def milliseconds_of_prompt(generator: HFGenerator, repeats: int = 5) -> float:
+    """Return the median wall-clock time to read the prompts that the generator was set up with."""
+    times = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        generator.prefill()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return sorted(times[1:])[repeats // 2]
+
+
+def breakdown(generator: HFGenerator, token: torch.Tensor, steps: int = 4) -> dict[str, Any]:
+    """Return microseconds per step by kind of kernel, from a profile of `steps` steps.
+
+    Kernels overlap: each is charged the time from the end of the kernel before it to its own end, which includes the
+    gap between the two; together they make up the step.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            token = generator.gen_next_token(token)
+        torch.cuda.synchronize()
+    events = [e for e in profiler.events() if e.device_type.name == "CUDA"]
+    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in events if "Memcpy" not in e.name)
+    kinds = _named([_kind(name) for _, _, name in spans])
+    shares: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    before = spans[0][0]
+    for (_, end, _), kind in zip(spans, kinds, strict=True):
+        shares[kind] = shares.get(kind, 0.0) + max(0.0, end - before)
+        counts[kind] = counts.get(kind, 0) + 1
+        before = max(before, end)
+    rows = {
+        kind: {"us": round(shares[kind] / steps, 1), "kernels": counts[kind] / steps}
+        for kind in sorted(shares, key=lambda kind: -shares[kind])
+    }
+    others = sorted({name for (_, _, name), kind in zip(spans, kinds, strict=True) if kind == "other"})
+    return {"total_us": round(sum(shares.values()) / steps, 1), "kinds": rows, "other_kernels": others[:12]}
+
+
+def _kind(name: str) -> str | None:
+    return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, name)), None)
+
+
+# The kernels of other kinds before and after a product -> which product it is.
+_PRODUCTS = {
+    ("norm", "attention"): "qkv",
+    ("attention", "norm"): "o",
+    ("norm", "activation"): "gate_up",
+    ("activation", "norm"): "down",
+    ("norm", "argmax"): "lm_head",
+}
+
+
+def _named(kinds: Sequence[str | None]) -> list[str]:
+    names = []
+    for place, kind in enumerate(kinds):
+        before = next((k for k in reversed(kinds[:place]) if k is not None), "")
+        after = next((k for k in kinds[place + 1 :] if k is not None), "")
+        names.append(kind if kind is not None else _PRODUCTS.get((before, after), "other"))
+    return names

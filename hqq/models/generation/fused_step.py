@@ -1,0 +1,137 @@
+"""The fused decoding step: a token for each row through a model of the Llama family, in few kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hqq.backends.merge import Projections
+from hqq.errors import BackendError
+from hqq.kernels.decode_argmax import ArgmaxSpace, greedy_advance
+from hqq.kernels.decode_attention import AttentionSpace, HeadNorm, decode_attention
+from hqq.kernels.decode_mlp import silu_mul
+from hqq.kernels.decode_norm import add_norm
+from hqq.models.generation.family import Family, Layer, Norm
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer with its projections joined where they can be, and its part of the cache."""
+
+    layer: Layer
+    qkv: Projections
+    gate_up: Projections
+    heads: HeadNorm | None
+    keys: Tensor
+    values: Tensor
+
+
+class FusedStep:
+    """The step for a batch of texts in a static cache, which the model's own forward pass has begun to fill.
+
+    Four kernels and four products for each layer; everything that a step reads or writes stays in place, so that a
+    CUDA graph can repeat it.
+
+    Args:
+        family: the model.
+        cache: keys and values [B, KV, length, D] of each layer.
+
+    Attributes:
+        begins, positions: int32 [B]: where in the cache the text of a row begins, and where its next token goes.
+
+    Raises BackendError for a cache that does not fit the model.
+    """
+
+    def __init__(self, family: Family, cache: Sequence[tuple[Tensor, Tensor]]) -> None:
+        keys = cache[0][0]
+        for layer in (tensor for pair in cache for tensor in pair):
+            if layer.shape != keys.shape or layer.dtype != family.dtype or not layer.is_contiguous():
+                raise BackendError(
+                    f"got a cache of {layer.dtype} {tuple(layer.shape)}; the fused decoding step takes contiguous "
+                    f"{family.dtype} of one shape"
+                )
+        batch, kv_heads, length, head = keys.shape
+        device = family.device
+        self._family = family
+        self._layers = [_with_cache(layer, *pair) for layer, pair in zip(family.layers, cache, strict=True)]
+        self._cos, self._sin = family.rotation(length)
+        self._space = AttentionSpace.make(batch, kv_heads, family.heads // kv_heads, head, length, device)
+        self._argmax: ArgmaxSpace | None = None
+        self.begins = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.positions = torch.zeros(batch, dtype=torch.int32, device=device)
+
+    def start(self, attention_mask: Tensor) -> None:
+        """Take up the texts whose prompts, padded on the left as the mask [B, M] says, are in the cache now."""
+        tokens = attention_mask.shape[1]
+        self.begins.copy_(tokens - attention_mask.sum(1))
+        self.positions.fill_(tokens)
+
+    def logits(self, token: Tensor) -> Tensor:
+        """Return the logits [B, V] after `token` [B, 1], which is in the cache then; `positions` stay as they are."""
+        family = self._family
+        hidden = family.embedding(token[:, 0])
+        delta: Tensor | None = None
+        for layer in self._layers:
+            x = _normed(hidden, delta, layer.layer.before_attention)
+            delta = layer.layer.o(self._attention(layer, *layer.qkv(x)))
+            x = _normed(hidden, delta, layer.layer.before_mlp)
+            delta = layer.layer.down(silu_mul(*layer.gate_up(x)))
+        logits: Tensor = family.head(_normed(hidden, delta, family.norm))
+        return logits
+
+    def advance_greedily(self, logits: Tensor, state: GreedyState) -> None:
+        """Make the likeliest token of each row the next one, and move on."""
+        if self._argmax is None:
+            self._argmax = ArgmaxSpace.make(logits.shape[0], logits.shape[1], logits.device)
+        greedy_advance(
+            logits,
+            state.token,
+            state.finished,
+            state.ids,
+            self.positions,
+            state.ends,
+            state.pad,
+            self._argmax,
+        )
+
+    def _attention(self, layer: _Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return decode_attention(
+            q,
+            k,
+            v,
+            layer.keys,
+            layer.values,
+            self._cos,
+            self._sin,
+            self.begins,
+            self.positions,
+            self._family.scale,
+            self._space,
+            layer.heads,
+            layer.layer.window,
+        )
+
+
+@dataclass(frozen=True)
+class GreedyState:
+    """What greedy decoding changes in place: see `greedy_advance`."""
+
+    token: Tensor
+    finished: Tensor
+    ids: Tensor
+    ends: Tensor
+    pad: int
+
+
+def _with_cache(layer: Layer, keys: Tensor, values: Tensor) -> _Layer:
+    heads = None
+    if layer.q_norm is not None and layer.k_norm is not None:
+        heads = HeadNorm(layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.eps)
+    return _Layer(layer, Projections(layer.qkv), Projections(layer.gate_up), heads, keys, values)
+
+
+def _normed(hidden: Tensor, delta: Tensor | None, norm: Norm) -> Tensor:
+    return add_norm(hidden, delta, norm.weight, norm.eps)

@@ -1,0 +1,212 @@
+"""The fused decoding step gives the tokens that the model's own forward pass gives."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+from hqq import QuantConfig, quantize_model  # noqa: E402
+from hqq.errors import BackendError, ConfigError  # noqa: E402
+from hqq.models.generate import HFGenerator  # noqa: E402
+from tests.cli.tiny_lm import byte_tokenizer  # noqa: E402
+
+PROMPTS = ["hello", "a prompt longer than the other one"]
+SIZES: dict[str, Any] = {
+    "vocab_size": 258,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama tied, many heads, scaled rope": (
+        "Llama",
+        {
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        },
+    ),
+    "mistral with a window": ("Mistral", {"sliding_window": 16}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 1}),
+    "qwen2 with windows in some layers": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
+    ),
+    "qwen3 with heads of their own size": ("Qwen3", {"head_dim": 24}),
+}
+
+
+def build(family: str, seed: int, device: torch.device, **changes: Any) -> Any:
+    """Return a random model in float32, where no rounding decides between two tokens."""
+    torch.manual_seed(seed)
+    name, settings = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **settings, **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name or parameter_name.endswith("bias"):
+            parameter.data += torch.randn_like(parameter) / 4
+    return model.to(device)
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    return tokenizer
+
+
+def texts(model: Any, tokenizer: Any, step: str, **options: Any) -> list[list[int]]:
+    generator = HFGenerator(model, tokenizer, **{"max_new_tokens": 14, **options}, step=step)
+    assert (generator.step_reason is None) == (step == "fused")
+    result = generator.generate(PROMPTS, use_chat_template=False)
+    return [tokens.tolist() for tokens in result["output_tokens"]]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_greedy_tokens(family: str, seed: int, device: torch.device, tokenizer: Any) -> None:
+    model = build(family, seed, device)
+    expected = texts(model, tokenizer, "transformers")
+    assert texts(model, tokenizer, "fused") == expected
+    assert len(set(expected[0])) > 1
+
+
+def test_quantised_and_several_calls(seed: int, device: torch.device, tokenizer: Any) -> None:
+    model = build("llama", seed, device)
+    quantize_model(model, QuantConfig(nbits=4, group_size=32), progress=False, lm_head=True)
+    own = HFGenerator(model, tokenizer, 6, step="transformers")
+    fused = HFGenerator(model, tokenizer, 6, step="fused")
+    for prompt in ("hello", PROMPTS, "x" * 70):
+        expected = own.generate(prompt, use_chat_template=False)
+        got = fused.generate(prompt, use_chat_template=False)
+        assert got["output_text"] == expected["output_text"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 3},
+        {"do_sample": True, "temperature": 1.5, "top_k": None, "min_p": 0.01, "seed": 4},
+        {"repetition_penalty": 1.4},
+    ],
+    ids=["top_p", "min_p", "repetition"],
+)
+def test_other_choices(options: dict[str, Any], seed: int, device: torch.device, tokenizer: Any) -> None:
+    model = build("llama", seed, device)
+    assert texts(model, tokenizer, "fused", **options) == texts(model, tokenizer, "transformers", **options)
+
+
+def test_end_tokens(seed: int, device: torch.device, tokenizer: Any) -> None:
+    model = build("llama", seed, device)
+    full = texts(model, tokenizer, "transformers")
+    end = full[0][5]
+    cut = [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in full]
+    assert texts(model, tokenizer, "fused", eos_token_id=[end, 257]) == [
+        tokens[: tokens.index(257)] if 257 in tokens else tokens for tokens in cut
+    ]
+
+
+def test_reasons_for_the_models_own_step(
+    seed: int, device: torch.device, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def reason(model: Any, **options: Any) -> str:
+        with pytest.raises(BackendError, match=r"got step='fused', which cannot be") as caught:
+            HFGenerator(model, tokenizer, 4, step="fused", **options)
+        with caplog.at_level(logging.INFO, logger="hqq.models.generate"):
+            caplog.clear()
+            told = HFGenerator(model, tokenizer, 4, **options)
+        if device.type == "cuda":
+            assert told.step_reason in str(caught.value)
+            assert told.step_reason in caplog.text
+        else:
+            assert told.step_reason == "the model is on cpu" or "compile" in str(told.step_reason)
+        return str(caught.value)
+
+    assert "compile='partial' was asked for" in reason(build("llama", seed, device), compile="partial")
+    dynamic = {"rope_type": "dynamic", "factor": 2.0}
+    assert "'dynamic', whose frequencies" in reason(build("llama", seed, device, rope_scaling=dynamic))
+    assert "hidden_act='gelu'" in reason(build("llama", seed, device, hidden_act="gelu"))
+    hooked = build("llama", seed, device)
+    hooked.model.layers[1].mlp.register_forward_hook(lambda module, args, out: out * 2)
+    assert "model.layers.1.mlp" in reason(hooked)
+    gpt = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=258, n_embd=32, n_layer=1, n_head=2)
+    ).to(device)
+    assert "GPT2LMHeadModel" in reason(gpt)
+    mixed = build("llama", seed, device)
+    mixed.model.layers[0].input_layernorm.half()
+    assert "norms of torch.float16, torch.float32" in reason(mixed)
+
+
+def test_a_step_that_there_is_not(seed: int, device: torch.device, tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="got step='fast'; expected one of 'auto', 'fused', 'transformers'"):
+        HFGenerator(build("llama", seed, device), tokenizer, step="fast")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_the_step_is_one_graph(batch: int, seed: int, device: torch.device, tokenizer: Any) -> None:
+    model = build("qwen3 with heads of their own size", seed, device)
+    prompts = [f"{'x' * (i % 7)}{i} and on" for i in range(batch)]
+    generator = HFGenerator(model, tokenizer, 24)
+    assert generator.step_reason is None
+    expected = HFGenerator(model, tokenizer, 24, step="transformers").generate(
+        prompts, use_chat_template=False
+    )
+    for _ in range(2):
+        got = generator.generate(prompts, use_chat_template=False)
+        assert generator._decoder is not None and generator._decoder._graph is not None
+        assert [t.tolist() for t in got["output_tokens"]] == [t.tolist() for t in expected["output_tokens"]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("axis", [1, 0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_joined_products_in_the_step(
+    axis: int, dtype: torch.dtype, seed: int, device: torch.device, tokenizer: Any
+) -> None:
+    from hqq.backends.prepare import prepare_for_inference
+    from hqq.models.generation.decoder import Decoder
+    from hqq.models.generation.family import take_apart
+    from hqq.models.generation.sampling import Sampling
+
+    model = build("qwen2", seed, device).to(dtype)
+    quantize_model(model, QuantConfig(nbits=4, group_size=32, axis=axis), compute_dtype=dtype, progress=False)
+    ids = torch.randint(0, 258, (3, 9), device=device)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+
+    def logits(fused: bool) -> torch.Tensor:
+        decoder = Decoder(model, 3, 64, device, Sampling(), (), 0)
+        if fused:
+            decoder.fuse(take_apart(model))
+        decoder.start(ids, mask)
+        decoder.token.fill_(7)
+        if decoder._fused is not None:
+            assert all(layer.qkv.reason is None for layer in decoder._fused._layers)
+            return decoder._fused.logits(decoder.token)
+        decoder.attention_mask.index_fill_(1, decoder.cache_position, 1)
+        return decoder.model(
+            decoder.token, decoder.attention_mask, decoder.position_ids, decoder.cache_position
+        )
+
+    expected = logits(False).double()
+    prepare_for_inference(model)
+    with torch.no_grad():
+        got = logits(True).double()
+    # Two layers of products that round differently: some units of the largest logit.
+    unit = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
+    assert (got - expected).abs().max() <= 16 * unit * expected.abs().max()
