@@ -9,24 +9,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hqq.core.config import QuantConfig
-from hqq.core.embedding import HQQEmbedding
-from hqq.core.experts import ExpertWeight, HQQExperts, experts_as_modules
+from hqq.core.experts import experts_as_modules
 from hqq.core.linear import HQQLinear
-from hqq.core.modules import linear_tag, name_modules, named_sites, replace_module
-from hqq.core.quantized_module import QuantizedModule
+from hqq.core.modules import linear_tag, name_modules, named_sites
 from hqq.core.solvers import DEFAULT_SOLVER
 from hqq.errors import ConfigError
 from hqq.models.candidates import avoid_fused_paths
+from hqq.models.install import install, main_member, quantized, relative_error
 from hqq.models.late_checks import LateChecks
 from hqq.models.layer_choice import ConfigChooser, ModelConfig
 from hqq.models.placement import DeviceMap, Placement, follow_inputs, plan_placement, settle_tensors
-from hqq.models.plan import Job, Member, Plan, make_plan
+from hqq.models.plan import Job, Plan, make_plan
 from hqq.models.preflight import ErrorsName, check_jobs, resolved_solver
 from hqq.models.progress import progress_bar
 from hqq.models.quantization_config import attach_config, describe_model
 from hqq.models.report import LayerRow, QuantizationReport, stored_bytes
-from hqq.models.sharing import sharing_layer
 from hqq.models.streaming import WeightStream, is_streamed, on_device
 
 
@@ -155,13 +152,8 @@ def _quantize_jobs(
     return rows
 
 
-def _main(job: Job) -> Member:
-    """Return the user of the job's weight that it is quantised for; the others share."""
-    return next((m for m in job.members if m.kind == "linear"), job.members[0])
-
-
 def _weight(job: Job) -> Tensor:
-    weight = _main(job).module.weight
+    weight = main_member(job).module.weight
     assert isinstance(weight, Tensor)
     return weight
 
@@ -171,60 +163,10 @@ def _quantize_job(
 ) -> list[LayerRow]:
     """Quantise one weight and replace every module that uses it."""
     start = time.perf_counter()
-    main, weight = _main(job), _weight(job)
+    main, weight = main_member(job), _weight(job)
     dtype, target = compute_dtype or weight.dtype, device or weight.device
     kept = weight.detach() if errors else None
     del weight
-    layer = _quantized(main.module, resolved_solver(job.config, DEFAULT_SOLVER), dtype, target)
-    error = _relative_error(kept, layer) if kept is not None else None
-    rows = []
-    for member in job.members:
-        new = layer if member is main else sharing_layer(layer, member.module)
-        new.train(member.module.training)
-        replace_module(model, member.names, new)
-        rows.append(layer_row(member.names[0], member.kind, new, error, time.perf_counter() - start))
-    others = [row for row in rows if row.name != job.name]
-    return [rows[0], *(_as_shared(row, job.name) for row in others)]
-
-
-def _quantized(
-    module: nn.Module, config: QuantConfig, dtype: torch.dtype, device: torch.device
-) -> QuantizedModule:
-    if isinstance(module, nn.Embedding):
-        return HQQEmbedding.from_embedding(module, config.to_dict(), compute_dtype=dtype, device=device)
-    if isinstance(module, ExpertWeight):
-        return HQQExperts.from_weights(module.weight, config.to_dict(), compute_dtype=dtype, device=device)
-    return HQQLinear(module, config.to_dict(), compute_dtype=dtype, device=device)
-
-
-def _relative_error(W: Tensor, layer: QuantizedModule) -> float:
-    W = W.to(layer.device, torch.float32)
-    norm = float(torch.linalg.vector_norm(W))
-    difference = float(torch.linalg.vector_norm(layer.dequantize().float() - W))
-    return difference / norm if norm else difference
-
-
-def layer_row(
-    name: str, kind: str, layer: QuantizedModule, error: float | None = None, seconds: float = 0.0
-) -> LayerRow:
-    """Return the report's row of a quantised layer."""
-    q = layer.qtensor()
-    size = q.nbytes + (layer.bias.nbytes if layer.bias is not None else 0)
-    return LayerRow(
-        name, kind, layer.stored_shape(), q.spec.nbits, q.spec.group_size, q.spec.axis, size, error, seconds
-    )
-
-
-def _as_shared(row: LayerRow, source: str) -> LayerRow:
-    return LayerRow(
-        row.name,
-        row.kind,
-        row.shape,
-        row.nbits,
-        row.group_size,
-        row.axis,
-        0,
-        row.error,
-        0.0,
-        shared_with=source,
-    )
+    layer = quantized(main.module, resolved_solver(job.config, DEFAULT_SOLVER), dtype, target)
+    error = relative_error(kept, layer) if kept is not None else None
+    return install(model, job, layer, error, time.perf_counter() - start)
