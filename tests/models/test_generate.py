@@ -285,6 +285,7 @@ def test_graphs_need_a_gpu(model: Any, tokenizer: Any) -> None:
     assert torch.equal(got, reference(model, tokenizer, "hello", 8))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", [None, "partial"])
