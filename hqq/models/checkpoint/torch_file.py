@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ _DAMAGE = (
     NotImplementedError,
     pickle.UnpicklingError,
     zipfile.BadZipFile,
+    zlib.error,  # a flag of the file says that it is compressed
 )
 
 
