@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from hqq.core.quantized_module import QuantizedModule
 from hqq.engine.base import HQQWrapper
 from hqq.errors import CheckpointError
 from hqq.models.base import BaseHQQModel
 from hqq.models.checkpoint.layout import CONFIG, read_json
 from hqq.models.checkpoint.skeleton import empty_weights
+from hqq.models.placement import DeviceMap
 
 # What create_model takes that says where weights come from, not what the model is.
 _SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -49,6 +52,37 @@ class TimmHQQModel(BaseHQQModel):
             model: nn.Module = timm.create_model(name, pretrained=False, **options)
         note_arguments(model, tag or "", options)
         return model.eval()
+
+    @classmethod
+    def quantize_model(
+        cls,
+        model: nn.Module,
+        quant_config: Mapping[str, Any],
+        compute_dtype: torch.dtype = torch.float16,
+        device: DeviceMap = None,
+    ) -> nn.Module:
+        """Quantise `model` in place, freeze it and return it; see `BaseHQQModel.quantize_model`."""
+        _cast_constants(super().quantize_model(model, quant_config, compute_dtype, device))
+        return model
+
+    @classmethod
+    def post_module_load(cls, model: nn.Module, weights: Mapping[str, Any]) -> None:
+        """Finish a model that was just loaded."""
+        _cast_constants(model)
+
+
+def _cast_constants(model: nn.Module) -> None:
+    """Cast the buffers that are not saved, as `model.to(dtype)` does: some of timm's models append them to biases."""
+    modules = [module for module in model.modules() if not isinstance(module, QuantizedModule)]
+    floats = (
+        p.dtype for module in modules for p in module.parameters(recurse=False) if p.is_floating_point()
+    )
+    dtype = next(floats, None)
+    for module in modules:
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(name)
+            if buffer is not None and buffer.is_floating_point() and dtype is not None:
+                module._buffers[name] = buffer.to(dtype)
 
 
 class HQQtimm(HQQWrapper):
