@@ -12,6 +12,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from hqq.core.experts import ExpertWeight
 from hqq.core.quantized_module import QuantizedModule
 
+# Classes with a forward of their own that computes what nn.Linear does.
+_PLAIN_CLASSES = ("FalconLinear",)
+
 
 class Candidate(NamedTuple):
     """A module with a weight: what kind it is, and why it cannot be quantised (None if it can).
@@ -49,7 +52,8 @@ def _obstacle(module: nn.Module, base: type[nn.Module]) -> str | None:
         return "nn.MultiheadAttention reads this layer's weight directly"
     if is_parametrized(module) or not isinstance(module._parameters.get("weight"), torch.Tensor):
         return "its weight is computed from other parameters"
-    if type(module).forward is not base.forward or "forward" in vars(module):
+    own_forward = type(module).forward is not base.forward and type(module).__name__ not in _PLAIN_CLASSES
+    if own_forward or "forward" in vars(module):
         return f"{type(module).__name__} computes with the weight in its own way (it overrides forward)"
     return None
 

@@ -18,6 +18,7 @@ from hqq.errors import CheckpointError, CorruptCheckpointError, HQQError, Missin
 from hqq.models.checkpoint import is_hqq_checkpoint, load_quantized
 from hqq.models.checkpoint.config_file import TOKENIZER_FILES
 from hqq.models.checkpoint.layout import CONFIG, locate, read_json
+from hqq.models.checkpoint.skeleton import architectures_of
 from hqq.models.text import Tokenizer
 
 
@@ -45,9 +46,7 @@ def open_full(source: str | Path, *, dtype: torch.dtype | None = None, progress:
     if is_hqq_checkpoint(folder):
         raise CheckpointError(f"got {str(source)!r}, which is quantised already; expected the original model")
     transformers = _transformers()
-    named = [
-        name for name in read_json(folder / CONFIG).get("architectures") or () if hasattr(transformers, name)
-    ]
+    named = [name for name in architectures_of(read_json(folder / CONFIG)) if hasattr(transformers, name)]
     model_class = getattr(transformers, named[0] if named else "AutoModelForCausalLM")
     with _explained(source), _bars(transformers, progress):
         model, report = model_class.from_pretrained(

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
+from hqq.core.linear import HQQLinear
 from hqq.errors import BackendError
 from hqq.integrations.transformers.versions import MARK, Support, support
 
@@ -35,7 +38,16 @@ def install() -> Support:
     for name, method in _methods(found).items():
         setattr(HqqHfQuantizer, name, method)
     setattr(HqqHfQuantizer, MARK, found)
+    # Also over the property that some versions put there themselves.
+    setattr(HQQLinear, "weight", property(_nothing_to_initialize))  # noqa: B010
     return found
+
+
+def _nothing_to_initialize(self: HQQLinear) -> torch.Tensor:
+    """An empty tensor, marked as transformers marks what it need not initialise: some models do that by name."""
+    weight = torch.empty(0, dtype=self.compute_dtype, device=self.device)
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]
+    return weight
 
 
 def _methods(found: Support) -> Mapping[str, Callable[..., Any]]:

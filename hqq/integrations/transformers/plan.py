@@ -13,9 +13,7 @@ from hqq.core.experts import expert_parameters
 from hqq.core.modules import linear_tag, matches, skip_rule
 from hqq.errors import ConfigError
 from hqq.models.candidates import examine
-
-# Classes with a forward of their own that computes what nn.Linear does.
-_PLAIN_CLASSES = ("FalconLinear",)
+from hqq.models.weight_readers import weight_readers
 
 
 @dataclass
@@ -59,12 +57,19 @@ def plan(model: nn.Module, quant_config: Mapping[str, Any], skip_modules: Sequen
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, str, str | None]]:
     """Yield (parameter name, layer name, None or why it cannot be quantised) of what could be quantised."""
+    readers = weight_readers(model)
     for layer, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            candidate = None if type(module).__name__ in _PLAIN_CLASSES else examine(module)
-            yield f"{layer}.weight", layer, None if candidate is None else candidate.reason
+            yield f"{layer}.weight", layer, _obstacle(module, readers)
     for name, _, _ in expert_parameters(model):
         yield name, name, None
+
+
+def _obstacle(module: nn.Linear, readers: Mapping[nn.Module, str]) -> str | None:
+    if module in readers:
+        return f"{readers[module]} reads this layer's weight directly"
+    candidate = examine(module)
+    return None if candidate is None else candidate.reason
 
 
 def config_of(layer: str, quant_config: Mapping[str, Any]) -> LegacyConfig | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hqq.models.checkpoint.layout import detect_format, locate
-from hqq.models.checkpoint.load import FileSource, open_source
+from hqq.models.checkpoint.load import open_source
+from hqq.models.checkpoint.renaming import FileSource
 from hqq.models.preflight import ErrorsName
 from hqq.models.report import LayerRow
 

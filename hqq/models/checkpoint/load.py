@@ -18,6 +18,7 @@ from hqq.core.quantized_module import QuantizedModule
 from hqq.errors import CheckpointError, CorruptCheckpointError, MissingKeysError, ShapeError
 from hqq.models.checkpoint.expected import Slot, check_same, find_slots, match_slots
 from hqq.models.checkpoint.layout import CONFIG, detect_format, locate, read_json
+from hqq.models.checkpoint.renaming import FileSource, RenamedSource, under_names_of
 from hqq.models.checkpoint.safetensors_source import SafetensorsSource
 from hqq.models.checkpoint.skeleton import build_model
 from hqq.models.checkpoint.torch_file import TorchSource
@@ -27,7 +28,7 @@ from hqq.models.quantization_config import attach_config, describe_model
 from hqq.models.quantize import finish_model
 from hqq.models.sharing import sharing_layer
 
-FileSource = SafetensorsSource | TorchSource
+ReadableSource = FileSource | RenamedSource
 
 
 def load_quantized(
@@ -61,7 +62,7 @@ def load_quantized(
         )
     if model is None:
         model = build_model(directory, compute_dtype or _saved_dtype(source), config_options)
-    fill_model(model, source, device, compute_dtype)
+    fill_model(model, under_names_of(model, source), device, compute_dtype)
     _describe(model, directory)
     return model
 
@@ -93,7 +94,7 @@ class _Loaded:
 
 @torch.no_grad()
 def fill_model(
-    model: nn.Module, source: FileSource, device: DeviceMap, compute_dtype: torch.dtype | None
+    model: nn.Module, source: ReadableSource, device: DeviceMap, compute_dtype: torch.dtype | None
 ) -> None:
     """Put the layers and tensors of `source` into `model`; see `load_quantized`."""
     with experts_as_modules(model, source.layers):
@@ -121,11 +122,11 @@ def fill_model(
     finish_model(model)
 
 
-def _is_plain(name: str, source: FileSource) -> bool:
+def _is_plain(name: str, source: ReadableSource) -> bool:
     return name in source.units and name not in source.layers
 
 
-def _layer_targets(model: nn.Module, source: FileSource) -> dict[str, nn.Module]:
+def _layer_targets(model: nn.Module, source: ReadableSource) -> dict[str, nn.Module]:
     """Return the module that each layer of the checkpoint replaces; raises MissingKeysError or ShapeError."""
     by_name = {name: module for module, names in named_sites(model).items() for name in names}
     targets: dict[str, nn.Module] = {}
@@ -147,7 +148,7 @@ def _layer_targets(model: nn.Module, source: FileSource) -> dict[str, nn.Module]
 def _read_layers(
     loaded: _Loaded,
     model: nn.Module,
-    source: FileSource,
+    source: ReadableSource,
     targets: Mapping[str, nn.Module],
     placement: Placement,
     compute_dtype: torch.dtype | None,
@@ -165,7 +166,11 @@ def _read_layers(
 
 
 def _read_layer(
-    name: str, module: nn.Module, source: FileSource, placement: Placement, compute_dtype: torch.dtype | None
+    name: str,
+    module: nn.Module,
+    source: ReadableSource,
+    placement: Placement,
+    compute_dtype: torch.dtype | None,
 ) -> QuantizedModule:
     state = source.layer(name)
     dtype, target = compute_dtype or _compute_dtype(state), placement.device_of(name) or _device_of(module)
@@ -201,7 +206,7 @@ def _device_of(module: nn.Module) -> torch.device:
     return tensor.device if isinstance(tensor, Tensor) and not tensor.is_meta else torch.device("cpu")
 
 
-def _with_own_bias(name: str, module: nn.Module, source: FileSource) -> nn.Module:
+def _with_own_bias(name: str, module: nn.Module, source: ReadableSource) -> nn.Module:
     """Return what `sharing_layer` replaces: an empty layer of the module's kind, with the bias of the checkpoint."""
     if isinstance(module, (nn.Embedding, HQQEmbedding)):
         return module
@@ -218,7 +223,7 @@ def _with_own_bias(name: str, module: nn.Module, source: FileSource) -> nn.Modul
 
 
 def _read_tensor(
-    name: str, slot: Slot, source: FileSource, placement: Placement, compute_dtype: torch.dtype | None
+    name: str, slot: Slot, source: ReadableSource, placement: Placement, compute_dtype: torch.dtype | None
 ) -> Tensor:
     tensor = source.tensor(name)
     for other in slot.names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,16 @@ def empty_weights(dtype: torch.dtype | None = None) -> Iterator[None]:
         handle.remove()
 
 
+def architectures_of(content: Mapping[str, Any]) -> list[str]:
+    """Return the names of model classes in a config.json of transformers, empty if it has none."""
+    nested = content.get("text_config")
+    # transformers 4.57 writes those of some vision-language models into the part about text.
+    found = content.get("architectures") or (
+        nested.get("architectures") if isinstance(nested, Mapping) else None
+    )
+    return list(found or ())
+
+
 def build_model(
     directory: Path, dtype: torch.dtype, config_options: dict[str, Any] | None = None
 ) -> nn.Module:
@@ -53,7 +63,7 @@ def build_model(
     Raises CheckpointError if config.json does not describe a transformers model, or none that this version has.
     """
     content = read_json(directory / CONFIG)
-    architectures = content.get("architectures") or []
+    architectures = architectures_of(content)
     hint = "build the model yourself and pass it: load_quantized(path, model=model)"
     if "model_type" not in content or not architectures:
         raise CheckpointError(

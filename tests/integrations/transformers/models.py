@@ -20,7 +20,6 @@ _TEXT = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
@@ -30,17 +29,18 @@ _TEXT = {
 }
 
 
-def _text(name: str, **settings: Any) -> Callable[[], Any]:
-    def build() -> Any:
-        config = getattr(transformers, f"{name}Config")(**{**_TEXT, **settings})
+def _text(name: str, **settings: Any) -> Callable[..., Any]:
+    def build(layers: int = 2) -> Any:
+        sizes = {**_TEXT, "num_hidden_layers": layers, **settings}
+        config = getattr(transformers, f"{name}Config")(**sizes)
         return getattr(transformers, f"{name}ForCausalLM")(config)
 
     return build
 
 
-def _opt() -> Any:
+def _opt(layers: int = 2) -> Any:
     config = transformers.OPTConfig(
-        vocab_size=128, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=128, hidden_size=64, ffn_dim=128, num_hidden_layers=layers, num_attention_heads=4,
         max_position_embeddings=64, word_embed_proj_dim=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = transformers.OPTForCausalLM(config)
@@ -50,9 +50,15 @@ def _opt() -> Any:
     return model
 
 
-def _t5() -> Any:
+def _t5(layers: int = 2) -> Any:
     config = transformers.T5Config(
-        vocab_size=128, d_model=64, d_ff=128, d_kv=16, num_layers=2, num_heads=4, decoder_start_token_id=0
+        vocab_size=128,
+        d_model=64,
+        d_ff=128,
+        d_kv=16,
+        num_layers=layers,
+        num_heads=4,
+        decoder_start_token_id=0,
     )
     return transformers.T5ForConditionalGeneration(config)
 
@@ -67,7 +73,7 @@ def _whisper() -> Any:
     return transformers.WhisperForConditionalGeneration(config)
 
 
-def _llava() -> Any:
+def _llava(layers: int = 2) -> Any:
     vision = transformers.CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -76,14 +82,57 @@ def _llava() -> Any:
         image_size=16,
         patch_size=8,
     )
-    text = transformers.LlamaConfig(**_TEXT)
+    text = transformers.LlamaConfig(**_TEXT, num_hidden_layers=layers)
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=127)
     return transformers.LlavaForConditionalGeneration(config)
 
 
+def _qwen2_vl(layers: int = 2) -> Any:
+    rope = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    config = transformers.Qwen2VLConfig(
+        text_config={**_TEXT, **rope, "num_hidden_layers": layers},
+        vision_config={
+            "depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2,
+            "spatial_merge_size": 2, "temporal_patch_size": 2,
+        },
+        image_token_id=127, video_token_id=126, vision_start_token_id=125, vision_end_token_id=124,
+    )  # fmt: skip
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+def _gemma3_vl(layers: int = 2) -> Any:
+    """Its image encoder initialises layers by name, and has one in nn.MultiheadAttention."""
+    vision = {
+        "model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "image_size": 16, "patch_size": 8,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(
+        vision_config=vision, text_config={**_TEXT, "head_dim": 16, "num_hidden_layers": layers},
+        mm_tokens_per_image=4, image_token_id=127, image_token_index=127, boi_token_index=125, eoi_token_index=124,
+    )  # fmt: skip
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def _mamba(layers: int = 2) -> Any:
+    """Multiplies by the weight of one of its layers instead of calling it."""
+    config = transformers.MambaConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=layers, state_size=8, time_step_rank=32, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.MambaForCausalLM(config)
+
+
+def _falcon(layers: int = 2) -> Any:
+    """Linear layers of a class of its own."""
+    config = transformers.FalconConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, bos_token_id=1, eos_token_id=2
+    )  # fmt: skip
+    return transformers.FalconForCausalLM(config)
+
+
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
-BUILDERS: dict[str, Callable[[], Any]] = {
+BUILDERS: dict[str, Callable[..., Any]] = {
     "llama": _text("Llama"),
     "llama-tied": _text("Llama", tie_word_embeddings=True),
     "qwen2": _text("Qwen2"),
@@ -91,6 +140,11 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "t5": _t5,
     "whisper": _whisper,
     "llava": _llava,
+    "qwen2-vl": _qwen2_vl,
+    "gemma3-vl": _gemma3_vl,
+    "mamba": _mamba,
+    "falcon": _falcon,
+    "gpt-neox": _text("GPTNeoX"),
     "mixtral": _text("Mixtral", num_local_experts=4),
     "qwen3-moe": _text("Qwen3Moe", head_dim=16, decoder_sparse_step=1, mlp_only_layers=[], **_MOE),
     "deepseek": _text(
@@ -104,13 +158,15 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     ),
 }  # fmt: skip
 
+# transformers 4.56, which is left as it is, cannot quantise or load these.
+NEED_REPAIR = ("gemma3-vl", "mamba")
 MIXTURES = ("mixtral", "qwen3-moe", "deepseek", "gpt-oss")
 
 
-def save(name: str, folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> Path:
+def save(name: str, folder: Path, seed: int, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
     """Save the model called `name`, with weights from `seed`, and return its folder."""
     torch.manual_seed(seed)
-    BUILDERS[name]().to(dtype).save_pretrained(folder)
+    BUILDERS[name](**options).to(dtype).save_pretrained(folder)
     return folder
 
 
@@ -124,16 +180,35 @@ def open_model(folder: Path, dtype: torch.dtype | None = torch.bfloat16, **optio
 
 
 def inputs(model: Any) -> dict[str, torch.Tensor]:
-    """Return fresh inputs for `model`."""
+    """Return fresh inputs for `model`, where it takes them."""
+    return {name: tensor.to(model.device) for name, tensor in _inputs(model).items()}
+
+
+def _inputs(model: Any) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 100, (2, 9))
     kind = model.config.model_type
     if kind == "whisper":
         return {"input_features": torch.randn(2, 16, 32, dtype=model.dtype), "decoder_input_ids": ids}
     if kind == "t5":
         return {"input_ids": ids, "decoder_input_ids": ids[:, :4]}
-    if kind == "llava":
+    if kind == "qwen2_vl":
+        images = torch.tensor([125, *[127] * 4, 124]).repeat(2, 1)
+        types = torch.cat([images == 127, torch.zeros_like(ids)], 1).int()
+        return {
+            "input_ids": torch.cat([images, ids], 1),
+            "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+            "pixel_values": torch.randn(32, 3 * 2 * 4 * 4, dtype=model.dtype),
+            **({"mm_token_type_ids": types} if VERSION >= (5, 0) else {}),
+        }
+    if kind in ("llava", "gemma3"):
         pixels = torch.randn(2, 3, 16, 16, dtype=model.dtype)
-        return {"input_ids": torch.cat([torch.full((2, 4), 127), ids], 1), "pixel_values": pixels}
+        images = torch.full((2, 4), 127)
+        types = {"token_type_ids": torch.cat([images == 127, torch.zeros_like(ids)], 1).int()}
+        return {
+            "input_ids": torch.cat([images, ids], 1),
+            "pixel_values": pixels,
+            **(types if kind == "gemma3" else {}),
+        }
     return {"input_ids": ids}
 
 
@@ -142,6 +217,16 @@ def logits(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the model's logits."""
     result: torch.Tensor = model(**given).logits
     return result
+
+
+def assert_same(model: Any, given: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
+    """`model` computes `expected`, bit for bit.
+
+    Mamba's do not: its products of single elements round by where its tensors happen to lie in memory.
+    """
+    found = logits(model, given)
+    slack = 64 * torch.finfo(found.dtype).eps if model.config.model_type == "mamba" else 0.0
+    assert float((found - expected).abs().max()) <= slack * float(expected.abs().max())
 
 
 def quantized(model: nn.Module) -> dict[str, HQQLinear]:
