@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from hqq.backends.merge import Merge, merge_projections
 from hqq.core.choice import check_asked, satisfies
 from hqq.core.embedding import HQQEmbedding
 from hqq.core.modules import named_sites
@@ -36,10 +37,14 @@ class LayerPreparation:
 
 @dataclass(frozen=True)
 class PreparationReport:
-    """What `prepare_for_inference` gave each quantised layer. `str` sums it up, by backend and reason."""
+    """What `prepare_for_inference` gave each quantised layer. `str` sums it up, by backend and reason.
+
+    merges: what became of each group of projections that share an input, if merging them was allowed.
+    """
 
     asked: str
     layers: tuple[LayerPreparation, ...]
+    merges: tuple[Merge, ...] = ()
 
     @property
     def missed(self) -> tuple[LayerPreparation, ...]:
@@ -56,6 +61,11 @@ class PreparationReport:
         lines += [
             f"{count} with {got!r}" + (f": {reason}" if reason else "")
             for (got, reason), count in counts.items()
+        ]
+        groups = Counter(row.reason for row in self.merges)
+        lines += [
+            f"{count} groups of projections " + (f"left apart: {reason}" if reason else "joined")
+            for reason, count in groups.items()
         ]
         return "\n".join(lines)
 
@@ -75,7 +85,9 @@ def prepare_for_inference(
 
     Args:
         model: may be a quantised layer itself; layers inside adapters count too.
-        allow_merge: taken for old callers, whose kernels could merge zeros into adapters; it makes no difference.
+        allow_merge: keep the weights of query, key and value projections, and of gate and up projections, one behind
+            the other in memory where they are native, so that HFGenerator multiplies with all of them at once. Exact;
+            HFGenerator does it itself otherwise.
         backend: "default" or "auto" (the best for each layer: on CUDA "native", where its kernels do not take the layer
             "triton"; on the CPU "cpu"; else "pytorch"), or one of
             "native": fused kernels (8 to 1 bit, both axes, fp16 and bf16);
@@ -101,6 +113,8 @@ def prepare_for_inference(
         choices = {name: layer.choice(backend) for name, layer in layers.items()}
         _check(_report(backend, {name: (c.got, c.reason) for name, c in choices.items()}))
     report = _prepare(model, layers, backend, strict)
+    if allow_merge:
+        report = replace(report, merges=merge_projections(model))
     if verbose:
         _logger.info("%s", report)
     return report

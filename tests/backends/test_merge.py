@@ -100,3 +100,13 @@ def test_what_cannot_be_joined_is_told_and_works_alone(rng: torch.Generator) -> 
     assert "hooks" in str(Projections(hooked).reason)
     with pytest.raises(BackendError, match="not prepared for the native kernels"):
         join([hooked[0], nn.Linear(K, 64)])
+
+
+def test_the_report_tells_of_merges(rng: torch.Generator) -> None:
+    from hqq.backends.prepare import prepare_for_inference
+
+    block = Block(*[prepared(rng, N) for N in (64, 32, 32)])
+    report = prepare_for_inference(block, allow_merge=True, backend="pytorch")
+    assert [row.layers for row in report.merges] == [("q_proj", "k_proj", "v_proj")]
+    assert "1 groups of projections left apart: a projection is not prepared" in str(report)
+    assert prepare_for_inference(block, backend="pytorch").merges == ()
