@@ -16,6 +16,8 @@ _FP16 = {"magic": 0x6400, "minus_magic": 0xE400, "one": 0x3C00, "minus_one": 0xB
 _BF16 = {"magic": 0x4300, "minus_magic": 0xC300, "one": 0x3F80, "minus_one": 0xBF80, "minus_zero": 0x8000}
 _FLOATS = {"f16": _FP16, "bf16": _BF16}
 _BF16_MANTISSA_BITS = 7
+# Operands of the texts that take four codes in bytes: two pairs of results, the codes, two pairs each of zeros, scales.
+FOUR_BYTES_CONSTRAINTS = "=r,=r,r,r,r,r,r"
 
 
 class FieldAsm(NamedTuple):
@@ -37,7 +39,7 @@ def field_asm(dtype: str, bits: int, fields: int) -> FieldAsm:
         texts = tuple(_pair_from_words(dtype, bits, shift) for shift in shifts)
         return FieldAsm(texts, "=r,r,r,r,r", 2)
     texts = tuple(_four_from_bytes(dtype, bits, shift) for shift in shifts)
-    return FieldAsm(texts, "=r,=r,r,r,r,r,r", 4)
+    return FieldAsm(texts, FOUR_BYTES_CONSTRAINTS, 4)
 
 
 def _four_from_bytes(dtype: str, bits: int, shift: int) -> str:

@@ -22,8 +22,11 @@ class Config(NamedTuple):
     `burst`, `distance`: every burst-th program asks the L2 cache for the inputs of the `burst` programs that are
     `distance` further on; 0 leaves it to each program to load its own.
     `streaming`: 1 marks codes and results as not to be kept in the L2 cache.
-    `overlap`: programs start before the previous kernel on the stream ends, and wait for that before they touch
-    memory; 1 lets the next kernel do so from the start, 2 once this one's inputs are asked for.
+    `overlap`: programs start before the previous kernel on the stream ends, and wait for that before they read or
+    write; 1 lets the next kernel do so from the start, 2 once this one's inputs are asked for. 3 and 4 are like 1 and
+    2, and ask the L2 cache for their inputs before they wait.
+    `phase`: the programs that ask are not every burst-th one, but the first of every `phase` programs, as many as
+    need to (a multiple of `burst`), so that the memory reads for a while and then writes for a while; 0 spreads them.
     """
 
     block: int
@@ -34,9 +37,10 @@ class Config(NamedTuple):
     distance: int = 0
     streaming: int = 0
     overlap: int = 1
+    phase: int = 0
 
 
-_LIMITS = Config(_LARGEST_BLOCK, 32, _MOST_STEPS, _LARGEST, 1024, _LARGEST, 1, 2)
+_LIMITS = Config(_LARGEST_BLOCK, 32, _MOST_STEPS, _LARGEST, 1024, _LARGEST, 1, 4, _LARGEST)
 
 
 def check_config(config: Config) -> Config:
@@ -49,6 +53,10 @@ def check_config(config: Config) -> Config:
             raise ConfigError(
                 f"got {name}={value} for the dequantisation kernel; expected {kind} from {least} to {largest}"
             )
+    if config.burst and config.phase % config.burst:
+        raise ConfigError(
+            f"got phase={config.phase} with burst={config.burst}; expected a multiple of burst, or 0"
+        )
     return config
 
 

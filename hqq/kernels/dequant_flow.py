@@ -48,28 +48,36 @@ def block_of(pid, blocks, row_blocks, stripe, STRIPED: tl.constexpr):
 
 
 @triton.jit
-def prefetch_rows(
-    W_q,
+def asker_of(pid, BURST: tl.constexpr, PHASE: tl.constexpr):
+    """Whether program `pid` asks ahead, and its number among those that do; see `Config`."""
+    place = pid % PHASE
+    return place < PHASE // BURST, pid // PHASE * (PHASE // BURST) + place
+
+
+@triton.jit
+def prefetch_codes(W_q, packed_rows, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr):
+    """Ask for ROWS packed rows, COLUMNS wide, from `row` on."""
+    first = tl.cast(row, tl.int64) * COLUMNS
+    _prefetch(W_q, tl.cast(packed_rows, tl.int64) * COLUMNS, first, ROWS * COLUMNS, LONG, THREADS)
+
+
+@triton.jit
+def prefetch_groups(
     scale,
     zero,
     rows,
-    packed_rows,
     packed_groups,
     row,
+    field,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
-    FIELDS: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Ask for ROWS packed rows from `row` on, and for the scale and zero of each of FIELDS fields."""
-    row = row.to(tl.int64)
-    _prefetch(W_q, packed_rows.to(tl.int64) * COLUMNS, row * COLUMNS, ROWS * COLUMNS, LONG, THREADS)
+    """Ask for scale and zero of `field` in ROWS packed rows from `row` on."""
     groups: tl.constexpr = (ROWS + SPLIT - 1) // SPLIT
-    for i in tl.static_range(FIELDS):
-        group = row // SPLIT + i * packed_groups
-        _prefetch(scale, rows // SPLIT, group, groups, SHORT, THREADS)
-        _prefetch(zero, rows // SPLIT, group, groups, SHORT, THREADS)
+    group = tl.cast(row, tl.int64) // SPLIT + tl.cast(field, tl.int64) * packed_groups
+    _prefetch(scale, rows // SPLIT, group, groups, SHORT, THREADS)
+    _prefetch(zero, rows // SPLIT, group, groups, SHORT, THREADS)
 
 
 @triton.jit
@@ -86,7 +94,7 @@ def prefetch_columns(
     THREADS: tl.constexpr,
 ):
     """Ask for COLUMNS columns of ROWS packed rows, and with the first row for the columns' scale and zero."""
-    row = row.to(tl.int64)
+    row = tl.cast(row, tl.int64)
     for t in tl.static_range(ROWS):
         _prefetch(
             W_q, packed_rows.to(tl.int64) * columns, (row + t) * columns + column, COLUMNS, LONG, THREADS

@@ -9,14 +9,25 @@ memory busy: order, prefetching, and starting before the previous kernel ends.
 
 # Written in Triton's language, which is not quite Python: branches on constants choose what is compiled.
 # mypy: ignore-errors
-# ruff: noqa: C901, RET505, SIM108, SIM300
+# ruff: noqa: C901, RET505, SIM300
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from hqq.kernels.dequant_flow import block_of, prefetch_columns, prefetch_rows, start_next, wait_for_previous
+from hqq.kernels.dequant_asm import FOUR_BYTES_CONSTRAINTS
+from hqq.kernels.dequant_flow import (
+    asker_of,
+    block_of,
+    prefetch_codes,
+    prefetch_columns,
+    prefetch_groups,
+    start_next,
+    wait_for_previous,
+)
+
+FOUR_BYTES = tl.constexpr(FOUR_BYTES_CONSTRAINTS)
 
 
 @triton.jit
@@ -39,16 +50,20 @@ def _load_stat(
     scale,
     zero,
     group,
+    first,
     keep,
     period,
     MODE: tl.constexpr,
+    SPAN: tl.constexpr,
     DTYPE: tl.constexpr,
     POLICY: tl.constexpr,
+    ASM: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Scale or zero of `group`: a load, or 8-bit codes dequantised with a scale and zero of their own.
 
-    Which of those a code has: the only one (MODE "one"), number group % period ("columns") or group // period ("rows").
+    Which of those a code has: the only one (MODE "one"), number group % period ("columns"; "runs" where the groups are
+    the SPAN ones from `first` on, and `first` and `period` are multiples of SPAN), or group // period ("rows").
     """
     value = tl.load(values + group, mask=keep, eviction_policy=POLICY)
     if MODE == "plain":
@@ -57,13 +72,20 @@ def _load_stat(
         if MODE == "one":
             s, z = tl.load(scale), tl.load(zero)
         else:
-            if MODE == "columns":
+            if MODE == "runs":
+                outer = tl.multiple_of(first % period, SPAN) + (group - first)
+            elif MODE == "columns":
                 outer = group % period
             else:
                 outer = group // period
             s, z = tl.load(scale + outer, mask=keep), tl.load(zero + outer, mask=keep)
-        difference = _rounded(value.to(tl.float32) - z.to(tl.float32), DTYPE, INTERPRETED)
-        return _rounded(difference * s.to(tl.float32), DTYPE, INTERPRETED).to(DTYPE)
+        if ASM is not None:
+            return tl.inline_asm_elementwise(
+                ASM, FOUR_BYTES, [value, z, s], dtype=s.dtype, is_pure=True, pack=4
+            )
+        else:
+            difference = _rounded(value.to(tl.float32) - z.to(tl.float32), DTYPE, INTERPRETED)
+            return _rounded(difference * s.to(tl.float32), DTYPE, INTERPRETED).to(DTYPE)
 
 
 @triton.jit
@@ -75,21 +97,48 @@ def _load_stats(
     zero_scale,
     zero_zero,
     group,
+    first,
     keep,
     scale_period,
     zero_period,
     SCALE_MODE: tl.constexpr,
     ZERO_MODE: tl.constexpr,
+    SPAN: tl.constexpr,
     DTYPE: tl.constexpr,
     POLICY: tl.constexpr,
+    ASM: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Scale and zero of `group`."""
     s = _load_stat(
-        scale, scale_scale, scale_zero, group, keep, scale_period, SCALE_MODE, DTYPE, POLICY, INTERPRETED
+        scale,
+        scale_scale,
+        scale_zero,
+        group,
+        first,
+        keep,
+        scale_period,
+        SCALE_MODE,
+        SPAN,
+        DTYPE,
+        POLICY,
+        ASM,
+        INTERPRETED,
     )
     z = _load_stat(
-        zero, zero_scale, zero_zero, group, keep, zero_period, ZERO_MODE, DTYPE, POLICY, INTERPRETED
+        zero,
+        zero_scale,
+        zero_zero,
+        group,
+        first,
+        keep,
+        zero_period,
+        ZERO_MODE,
+        SPAN,
+        DTYPE,
+        POLICY,
+        ASM,
+        INTERPRETED,
     )
     return s, z
 
@@ -153,10 +202,13 @@ def dequantize_kernel(
     STEPS: tl.constexpr,
     STRIPED: tl.constexpr,
     BURST: tl.constexpr,
+    PHASE: tl.constexpr,
     OVERLAP: tl.constexpr,
     SCALE_MODE: tl.constexpr,
     ZERO_MODE: tl.constexpr,
+    SPAN: tl.constexpr,
     STAT: tl.constexpr,
+    STAT_ASM: tl.constexpr,
     DIFFERENCE: tl.constexpr,
     PRODUCT: tl.constexpr,
     OUT: tl.constexpr,
@@ -172,15 +224,13 @@ def dequantize_kernel(
 ):
     """Dequantise STEPS tiles [TILE_ROWS, TILE_COLUMNS] of packed codes, one below the other.
 
-    stripe (if STRIPED), distance, BURST, OVERLAP: see `Config`. WIDE: addresses need 64 bits. STAT: dtype that
-    quantised scale and zero are dequantised to. ASM: PTX for each field, or None for arithmetic that Triton writes,
-    with roundings to DIFFERENCE, PRODUCT and OUT.
+    stripe (if STRIPED), distance, BURST, PHASE, OVERLAP: see `Config`. WIDE: addresses need 64 bits. STAT: dtype that
+    quantised scale and zero are dequantised to; SPAN: see `_load_stat`. ASM: PTX for each field, or None for arithmetic
+    that Triton writes, with roundings to DIFFERENCE, PRODUCT and OUT; STAT_ASM: the same for scale and zero.
     """
     pid = tl.program_id(0)
-    if OVERLAP == 1:
+    if OVERLAP == 1 or OVERLAP == 3:
         start_next()
-    if OVERLAP > 0:
-        wait_for_previous()
     if GROUPS == "columns":
         width = tl.cast(columns, tl.int64) if WIDE else columns
         blocks = (columns + TILE_COLUMNS - 1) // TILE_COLUMNS
@@ -191,8 +241,9 @@ def dequantize_kernel(
         width: tl.constexpr = TILE_COLUMNS
         block_row, block_column = pid, 0
     if BURST > 0:
-        ahead = pid + distance
-        if (pid % BURST == 0) & (ahead < tl.num_programs(0)):
+        asks, asker = asker_of(pid, BURST, PHASE)
+        ahead = asker * BURST + distance
+        if asks & (ahead < tl.num_programs(0)):
             if GROUPS == "columns":
                 ahead_row, ahead_column = block_of(ahead, blocks, row_blocks, stripe, STRIPED)
                 prefetch_columns(
@@ -208,20 +259,53 @@ def dequantize_kernel(
                     THREADS,
                 )
             else:
-                prefetch_rows(
+                prefetch_codes(
                     W_q,
-                    scale,
-                    zero,
-                    rows,
                     packed_rows,
-                    packed_groups,
                     ahead * (TILE_ROWS * STEPS),
                     BURST * TILE_ROWS * STEPS,
                     TILE_COLUMNS,
-                    SPLIT,
-                    FIELDS if GROUPS == "rows" else 0,
                     THREADS,
                 )
+            if GROUPS == "rows":
+                # The askers take turns with the fields, so that what one asks for is long enough to be worth a page.
+                turn = asker % FIELDS
+                prefetch_groups(
+                    scale,
+                    zero,
+                    rows,
+                    packed_groups,
+                    ((asker - turn) * BURST + distance) * (TILE_ROWS * STEPS),
+                    turn,
+                    BURST * FIELDS * TILE_ROWS * STEPS,
+                    SPLIT,
+                    THREADS,
+                )
+    if OVERLAP >= 3:
+        # The L2 cache is where all programs meet: what the previous kernel still writes arrives there too.
+        if GROUPS == "columns":
+            prefetch_columns(
+                W_q,
+                scale,
+                zero,
+                packed_rows,
+                columns,
+                block_row * STEPS,
+                block_column * TILE_COLUMNS,
+                TILE_COLUMNS,
+                STEPS,
+                THREADS,
+            )
+        else:
+            of_tile = block_row * (TILE_ROWS * STEPS)
+            prefetch_codes(W_q, packed_rows, of_tile, TILE_ROWS * STEPS, TILE_COLUMNS, THREADS)
+        if GROUPS == "rows":
+            for i in tl.static_range(FIELDS):
+                prefetch_groups(
+                    scale, zero, rows, packed_groups, of_tile, i, TILE_ROWS * STEPS, SPLIT, THREADS
+                )
+    if OVERLAP > 0:
+        wait_for_previous()
     column = block_column * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     in_width = column < width
     if WIDE:
@@ -240,6 +324,7 @@ def dequantize_kernel(
             for i in tl.static_range(FIELDS):
                 of_step = row + t * TILE_ROWS
                 group = of_step // SPLIT + i * packed_groups
+                first = (block_row * STEPS + t) * TILE_ROWS // SPLIT + i * packed_groups
                 keep = (of_step < packed_rows) & (of_step + i * packed_rows < rows)
                 s, z = _load_stats(
                     scale,
@@ -249,13 +334,16 @@ def dequantize_kernel(
                     zero_scale,
                     zero_zero,
                     group,
+                    first,
                     keep,
                     scale_period,
                     zero_period,
                     SCALE_MODE,
                     ZERO_MODE,
+                    SPAN,
                     STAT,
                     STAT_POLICY,
+                    STAT_ASM,
                     INTERPRETED,
                 )
                 scales += (s[:, None],)
@@ -270,18 +358,21 @@ def dequantize_kernel(
             zero_scale,
             zero_zero,
             group,
+            block_column * TILE_COLUMNS,
             keep,
             scale_period,
             zero_period,
             SCALE_MODE,
             ZERO_MODE,
+            SPAN,
             STAT,
             STAT_POLICY,
+            STAT_ASM,
             INTERPRETED,
         )
         if GROUPS == "columns":
             s, z = s[None, :], z[None, :]
-    if OVERLAP == 2:
+    if OVERLAP == 2 or OVERLAP == 4:
         start_next()
     for t in tl.static_range(STEPS):
         of_step = row + t * TILE_ROWS

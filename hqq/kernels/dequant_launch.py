@@ -69,6 +69,12 @@ def launch(
     # Tiles that hold several whole rows do not lie one behind the other as prefetching takes it for granted.
     ahead = _has_bulk_prefetch(W_q.device) and not (by_columns and tile_rows > 1)
     overlap = config.overlap if _has_overlap(W_q.device) else 0
+    if not ahead and overlap > 2:
+        overlap -= 2
+    span = _span(view, tile_rows, tile_columns)
+    stat_asm = None
+    if ptx.texts and by_columns:
+        stat_asm = field_asm(_ASM_NAME[out_dtype], 8, 1).texts[0]
     reach = (row_blocks * config.steps + 1) * tile_rows + (fmt.fields - 1) * view.packed_rows
     with _on(W_q.device):
         dequantize_kernel[(row_blocks * column_blocks,)](
@@ -97,10 +103,13 @@ def launch(
             STEPS=config.steps,
             STRIPED=by_columns and 0 < config.stripe < column_blocks,
             BURST=config.burst if ahead else 0,
+            PHASE=config.phase or config.burst,
             OVERLAP=overlap,
-            SCALE_MODE=scale.mode,
-            ZERO_MODE=zero.mode,
+            SCALE_MODE=_mode(scale, span),
+            ZERO_MODE=_mode(zero, span),
+            SPAN=span,
             STAT=_TL[dtype],
+            STAT_ASM=stat_asm,
             DIFFERENCE=_TL[difference],
             PRODUCT=_TL[product],
             OUT=_TL[out_dtype],
@@ -124,6 +133,17 @@ def matrix_view(spec: QSpec, config: Config) -> MatrixView:
     """Return the matrix that the kernel sees for `spec` with the tiles of `config`."""
     assert spec.format is not None
     return view_of(spec.grouping, spec.format, config.block)
+
+
+def _span(view: MatrixView, tile_rows: int, tile_columns: int) -> int:
+    """Return how many groups a tile has one after the other, the first one a multiple of that; 0 if there is none."""
+    if view.groups == "columns":
+        return tile_columns
+    return tile_rows if view.split == 1 and view.packed_groups % tile_rows == 0 else 0
+
+
+def _mode(stat: Stat, span: int) -> str:
+    return "runs" if stat.mode == "columns" and span and stat.period % span == 0 else stat.mode
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hqq.core.qtensor import QTensor
 from hqq.kernels import dequantize, dequantize_qtensor
 from tests import oracle
 from tests.cases import BITS, DTYPES, GRID, Case, case_id
@@ -113,6 +114,28 @@ def test_quantised_scale_and_zero(
     assert len(launches) == 1, "scale and zero are dequantised in the same launch"
 
 
+# With 16 groups of scales, small tiles lie within a run of them; the shipped ones do not.
+@pytest.mark.parametrize("small_tiles", [False, True])
+@pytest.mark.parametrize("axis", [1, 0])
+@pytest.mark.parametrize("shape", [(16, 512), (17, 516)], ids=str)
+def test_quantised_scales_in_many_groups(
+    shape: tuple[int, int],
+    axis: int,
+    small_tiles: bool,
+    rng: torch.Generator,
+    device: torch.device,
+    launches: list[Tensor],
+) -> None:
+    q = random_qtensor(
+        rng, device, nbits=4, shape=shape, group_size=4, axis=axis, quant_scale=True, quant_zero=True
+    )
+    assert isinstance(q.scale, QTensor) and q.scale.spec.grouping.num_groups > 15
+    config = None if not small_tiles else (64, 1, 2) if axis == 1 else (16, 1, 2)
+    result, expected = dequantize_qtensor(q, torch.float16, config=config), q.dequantize(torch.float16)
+    assert torch.equal(bits_of(result), bits_of(expected))
+    assert len(launches) == 1
+
+
 @pytest.mark.parametrize("stat_axis", [1, 0])
 @pytest.mark.parametrize("stat_bits", [8, 4, 3])
 def test_statistics_of_other_settings(
@@ -178,7 +201,8 @@ def test_addresses_of_64_bits(
     assert len(launches) == 3
 
 
-# The last ones: stripes of two tiles (the last one narrower), inputs asked for ahead, hints for large results, overlap.
+# The last ones: stripes of two tiles (the last one narrower), inputs asked for ahead, spread or in phases, hints for
+# large results, overlap.
 CONFIGS = [
     (64, 1, 1),
     (256, 2, 3),
@@ -187,6 +211,8 @@ CONFIGS = [
     (16, 1, 2, 2, 0, 0, 1, 0),
     (16, 1, 1, 2, 3, 2, 1, 1),
     (64, 2, 2, 0, 2, 1, 0, 2),
+    (16, 1, 1, 2, 2, 4, 1, 3, 4),
+    (16, 1, 2, 0, 2, 2, 0, 4, 2),
 ]
 
 
