@@ -37,14 +37,15 @@ class Source:
 
 @cache
 def read_source(name: str, folder: Path = FOLDER) -> Source:
-    """Return the source `name` of `folder` with its headers, read once in a process."""
+    """Return the source `name` of `folder` with its headers, which lie there or beside this file; read only once."""
     text = (folder / name).read_text()
     headers: dict[str, str] = {}
     waiting = [text]
     while waiting:
         for header in _INCLUDE.findall(waiting.pop()):
             if header not in headers:
-                headers[header] = (folder / header).read_text()
+                own = folder / header
+                headers[header] = (own if own.exists() else FOLDER / header).read_text()
                 waiting.append(headers[header])
     return Source(name, text, tuple(sorted(headers.items())))
 

@@ -1,0 +1,201 @@
+// The names of hqq/kernels/cuda/ptx.cuh on the host. Included first, under that header's guard, so that it stays away.
+#pragma once
+#define HQQ_PTX_CUH
+
+#include "language.h"
+#include "numbers.h"
+
+#define HQQ_DYNAMIC_SHARED(name) unsigned char* const name = host::block->shared
+// The key is another one in every function and every instance of a template.
+#define HQQ_SHARED(type, name, count)                                        \
+    static const char name##_key = 0;                                        \
+    type(&name)[count] = *reinterpret_cast<type(*)[count]>(                  \
+        host::shared_variable(&name##_key, sizeof(type) * (count), 16))
+
+inline uint32_t smem_u32(const void* pointer) { return host::shared_address(pointer); }
+inline uint64_t evict_first_policy() { return 1; }
+inline uint64_t evict_last_policy() { return 2; }
+
+namespace host {
+template <class V>
+inline V load(const void* p, const char* what) {
+    aligned(p, sizeof(V), what);
+    V value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+}
+}  // namespace host
+
+inline uint4 ldg128(const void* p) { return host::load<uint4>(p, "ldg128"); }
+inline uint4 ldg128_stream(const void* p) { return host::load<uint4>(p, "ldg128_stream"); }
+inline uint4 ldg128_stream(const void* p, uint64_t) { return host::load<uint4>(p, "ldg128_stream"); }
+inline uint2 ldg64(const void* p) { return host::load<uint2>(p, "ldg64"); }
+inline uint2 ldg64_stream(const void* p) { return host::load<uint2>(p, "ldg64_stream"); }
+inline uint32_t ldg32(const void* p) { return host::load<uint32_t>(p, "ldg32"); }
+inline uint32_t ldg16(const void* p) { return host::load<uint16_t>(p, "ldg16"); }
+inline void stg128_stream(void* p, uint4 v) {
+    host::aligned(p, 16, "stg128_stream");
+    std::memcpy(p, &v, sizeof v);
+}
+inline void prefetch_l2(const void*) {}
+
+// ---- asynchronous copies: the bytes arrive when they are waited for, as late as they may ----------------------------
+inline void cp_async16_zfill(uint32_t to, const void* from, uint32_t bytes) {
+    host::aligned(from, 16, "cp_async16");
+    if (bytes > 16) host::fail("cp_async16_zfill of %u bytes", bytes);
+    unsigned char* target = host::shared_pointer(*host::block, to, 16, 16, "cp_async16");
+    std::memset(target, host::POISON, 16);
+    if (host::self->groups.empty()) host::self->groups.emplace_back();
+    host::self->groups.back().push_back({target, from, bytes, 16});
+}
+inline void cp_async16(uint32_t to, const void* from) { cp_async16_zfill(to, from, 16); }
+inline void cp_async16(uint32_t to, const void* from, uint64_t) { cp_async16_zfill(to, from, 16); }
+inline void cp_async_commit() {
+    if (host::self->groups.empty()) host::self->groups.emplace_back();
+    host::self->groups.emplace_back();
+}
+template <int PENDING>
+inline void cp_async_wait() {
+    auto& groups = host::self->groups;
+    while (groups.size() > PENDING + 1) {  // the last one is open
+        for (const host::Copy& copy : groups.front()) host::finish(copy);
+        groups.pop_front();
+    }
+}
+
+// ---- barriers -------------------------------------------------------------------------------------------------------
+namespace host {
+inline Barrier& named_barrier(int id, int threads) {
+    if (id < 1 || id > 15 || threads % WARP) fail("barrier %d of %d threads", id, threads);
+    return block->barriers[id];
+}
+}  // namespace host
+inline void bar_sync(int id, int threads) { host::arrive_and_wait(host::named_barrier(id, threads), threads, "bar_sync"); }
+inline void bar_arrive(int id, int threads) { host::arrive(host::named_barrier(id, threads), threads, "bar_arrive"); }
+
+// ---- matrices -------------------------------------------------------------------------------------------------------
+namespace host {
+struct Words {
+    uint32_t w[4];
+};
+
+inline void load_matrices(uint32_t (&r)[4], uint32_t row, bool transposed, const char* what) {
+    const Words words = meet<Words>(0xffffffffu, what, row, [transposed, what](Meeting& m) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            uint16_t element[8][8];
+            for (int i = 0; i < 8; ++i) {
+                uint32_t address;
+                std::memcpy(&address, m.in[8 * matrix + i], sizeof address);
+                std::memcpy(element[i], shared_pointer(*block, address, 16, 16, what), 16);
+            }
+            for (int l = 0; l < WARP; ++l) {
+                const int i = l / 4, j = l % 4 * 2;
+                const uint32_t low = transposed ? element[j][i] : element[i][j];
+                const uint32_t high = transposed ? element[j + 1][i] : element[i][j + 1];
+                const uint32_t word = low | high << 16;
+                std::memcpy(m.out[l] + 4 * matrix, &word, sizeof word);
+            }
+        }
+    });
+    std::memcpy(r, words.w, sizeof r);
+}
+
+struct MmaIn {
+    uint32_t a[4], b[2];
+    float d[4];
+};
+struct MmaOut {
+    float d[4];
+};
+
+// Rows and columns of a fragment's elements; pair: 0 .. 3 for a, 0 .. 1 for b; half: low or high.
+inline int a_row(int l, int pair) { return l / 4 + 8 * (pair % 2); }
+inline int a_column(int l, int pair, int half) { return l % 4 * 2 + half + 8 * (pair / 2); }
+}  // namespace host
+
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) { host::load_matrices(r, row, false, "ldmatrix_x4"); }
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) { host::load_matrices(r, row, true, "ldmatrix_x4_trans"); }
+
+template <class T>
+inline void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    const host::MmaIn in{{a0, a1, a2, a3}, {b0, b1}, {d[0], d[1], d[2], d[3]}};
+    const auto out = host::meet<host::MmaOut>(0xffffffffu, "mma_m16n8k16", in, [](host::Meeting& m) {
+        double a[16][16], b[16][8];
+        host::MmaIn lane;
+        for (int l = 0; l < host::WARP; ++l) {
+            std::memcpy(&lane, m.in[l], sizeof lane);
+            for (int half = 0; half < 2; ++half) {
+                for (int p = 0; p < 4; ++p) a[host::a_row(l, p)][host::a_column(l, p, half)] = host::half_of<T>(lane.a[p], half);
+                for (int p = 0; p < 2; ++p) b[l % 4 * 2 + half + 8 * p][l / 4] = host::half_of<T>(lane.b[p], half);
+            }
+        }
+        for (int l = 0; l < host::WARP; ++l) {
+            std::memcpy(&lane, m.in[l], sizeof lane);
+            host::MmaOut sums;
+            for (int i = 0; i < 4; ++i) {
+                const int row = l / 4 + 8 * (i / 2), column = l % 4 * 2 + i % 2;
+                double sum = lane.d[i];
+                for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+                sums.d[i] = static_cast<float>(sum);
+            }
+            std::memcpy(m.out[l], &sums, sizeof sums);
+        }
+    });
+    std::memcpy(d, out.d, sizeof d);
+}
+
+// ---- pairs of 16-bit floats -----------------------------------------------------------------------------------------
+template <class T>
+inline uint32_t pack2(float low, float high) {
+    return host::bits_of<T>(low) | host::bits_of<T>(high) << 16;
+}
+template <class T>
+inline float low_float(uint32_t pair) {
+    return static_cast<float>(host::half_of<T>(pair, 0));
+}
+template <class T>
+inline float high_float(uint32_t pair) {
+    return static_cast<float>(host::half_of<T>(pair, 1));
+}
+template <class T>
+inline uint32_t hfma2(uint32_t a, uint32_t b, uint32_t c) {
+    return host::fma16<T>(a & 0xffff, b & 0xffff, c & 0xffff) | host::fma16<T>(a >> 16, b >> 16, c >> 16) << 16;
+}
+template <class T>
+inline uint32_t hmul2(uint32_t a, uint32_t b) {
+    return hfma2<T>(a, b, 0x80008000u);
+}
+template <class T>
+inline uint32_t hadd2(uint32_t a, uint32_t b) {
+    const uint32_t one = T::BIAS << T::FRACTION;
+    return hfma2<T>(a, one | one << 16, b);
+}
+template <class T>
+inline uint32_t hsub2(uint32_t a, uint32_t b) {
+    return hadd2<T>(a, b ^ 0x80008000u);
+}
+
+// ---- bits -----------------------------------------------------------------------------------------------------------
+template <int TABLE>
+inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d = 0;
+    for (int entry = 0; entry < 8; ++entry) {
+        if (TABLE >> entry & 1) d |= (entry & 4 ? a : ~a) & (entry & 2 ? b : ~b) & (entry & 1 ? c : ~c);
+    }
+    return d;
+}
+inline uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
+    const uint64_t bytes = uint64_t(high) << 32 | low;
+    uint32_t d = 0;
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t nibble = selector >> (4 * i) & 15;
+        uint32_t byte = static_cast<uint32_t>(bytes >> (8 * (nibble & 7))) & 0xff;
+        if (nibble & 8) byte = byte & 0x80 ? 0xff : 0;
+        d |= byte << (8 * i);
+    }
+    return d;
+}
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) { return prmt(low, high, selector & 0x7777); }
+
+inline void pdl_wait() {}
+inline void pdl_launch() {}
