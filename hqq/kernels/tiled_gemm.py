@@ -108,9 +108,7 @@ _fitted = cache(fitted)
 
 
 @cache
-def _plan(
-    M: int, tiles: int, chunks: int, blocks: int, config: GemmConfig, multiprocessors: int
-) -> GemmPlan:
+def _plan(M: int, tiles: int, chunks: int, blocks: int, config: GemmConfig, multiprocessors: int) -> GemmPlan:
     token_blocks = -(-M // config.tokens)
     output_tiles = -(-tiles // (_WARPS * config.blocks * config.cluster)) * token_blocks
     workers = min(multiprocessors * config.resident // config.cluster, output_tiles * chunks)

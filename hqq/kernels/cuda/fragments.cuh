@@ -136,6 +136,10 @@ HQQ_INLINE uint32_t code_pair(const uint32_t (&word)[BITS]) {
     }
 }
 
+// Tiles of 16 output features that share a group, along axis 0.
+template <int GROUP>
+constexpr int MEMBERS = GROUP >= 16 ? GROUP / 16 : 1;
+
 // ---- scales and zeros ---------------------------------------------------------------------------------------------
 // What turns codes into weights for one lane and one block of 64 inputs: `GROUP` inputs (axis 1; 0: the whole row) or
 // output features (axis 0) share a scale and a zero.
@@ -159,6 +163,8 @@ struct Scales<T, 1, GROUP> {
         scale[0] = prmt(v.x, v.x, 0x1010), zero[0] = prmt(v.x, v.x, 0x3232);
         scale[1] = prmt(v.y, v.y, 0x1010), zero[1] = prmt(v.y, v.y, 0x3232);
     }
+
+    HQQ_INLINE void times_power(int) {}
 
     // zero becomes -zero * scale, for `weights`.
     HQQ_INLINE void fold() {
@@ -196,6 +202,14 @@ struct Scales<T, 0, GROUP> {
     HQQ_INLINE void fold() {
 #pragma unroll
         for (int pair = 0; pair < 8; ++pair) zero[pair] = hmul2<T>(zero[pair] ^ 0x80008000u, scale[pair]);
+    }
+
+    // Times 2^exponent, from -24 on: exactly what scales were before they were multiplied by 2^-exponent. fp16 only.
+    HQQ_INLINE void times_power(int exponent) {
+        if (exponent == 0) return;
+        const uint32_t power = 0x10001u * (exponent > -15 ? (15 + exponent) << 10 : 1 << (24 + exponent));
+#pragma unroll
+        for (int pair = 0; pair < 8; ++pair) scale[pair] = hmul2<F16>(scale[pair], power);
     }
 
     template <int STEP, int PAIR>

@@ -64,9 +64,8 @@ struct Share {
 HQQ_INLINE int row_tile(int order, int tiles) {
     order = order < tiles ? order : tiles - 1;
     if constexpr (AXIS == 0) {
-        constexpr int MEMBERS = GROUP / TILE_ROWS;
-        const int R = tiles / MEMBERS;
-        return order % R * MEMBERS + order / R;
+        const int R = tiles / MEMBERS<GROUP>;
+        return order % R * MEMBERS<GROUP> + order / R;
     }
     return order;
 }
@@ -103,7 +102,7 @@ struct Ring {
         constexpr int PIECES = META_BYTES / 16, OF_BLOCK = S::BLOCK_BYTES / 16;
         const unsigned char* from = w.meta;
         if constexpr (AXIS == 0)
-            from += static_cast<int64_t>(t / (GROUP / TILE_ROWS)) * w.chunks * META_BYTES;
+            from += static_cast<int64_t>(t / MEMBERS<GROUP>) * w.chunks * META_BYTES;
         else
             from += static_cast<int64_t>(t) * w.groups * 64;
 #pragma unroll
@@ -507,7 +506,11 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
         const int k = BLOCK_INPUTS * block + 16 * c + 2 * piece;
-        v[c] = k < K ? *reinterpret_cast<const uint32_t*>(x + static_cast<int64_t>(m) * K + k) : 0;
+        const uint16_t* from = x + static_cast<int64_t>(m) * K + k;
+        if (K % 2 == 0)
+            v[c] = k < K ? *reinterpret_cast<const uint32_t*>(from) : 0;
+        else
+            v[c] = (k < K ? from[0] : 0u) | (k + 1 < K ? uint32_t(from[1]) << 16 : 0u);
     }
     const int token = m % TOKENS;
     unsigned char* to = arranged + (static_cast<int64_t>(m / TOKENS) * blocks + block) * STAGE_BYTES;

@@ -1,0 +1,64 @@
+"""From a tiled weight to its matrix [N, K] on a CUDA device: for products with many tokens, and for gradients."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hqq.kernels.cuda import Kernel
+from hqq.kernels.tile_layout import chunk_blocks
+
+_WARPS = 8
+_RUN_BLOCKS = 4
+_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def tile_dequantize(
+    codes: Tensor,
+    meta: Tensor,
+    rows: Tensor,
+    bits: int,
+    axis: int,
+    group_size: int,
+    N: int,
+    K: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return `(W_q - zero) * scale` [N, K] in the dtype of `meta`, bit for bit what `dequantize_tiles` returns.
+
+    The tensors are those of a `TiledWeight` on a CUDA device; `out` is a contiguous tensor to write to.
+    """
+    if out is None:
+        out = meta.new_empty((N, K))
+    device = codes.device.index
+    tiles, chunks = codes.shape[0], codes.shape[1]
+    group = 0 if axis == 1 and meta.shape[1] == 1 else group_size
+    kernel = _kernel(_TYPES[meta.dtype], bits, axis, group, 2 * out.nbytes <= _cache_bytes(device))
+    runs = -(-chunks * chunk_blocks(bits) // _RUN_BLOCKS)
+    kernel.launch(
+        device,
+        (-(-tiles * runs // _WARPS), 1, 1),
+        (32 * _WARPS, 1, 1),
+        (codes.data_ptr(), meta.data_ptr(), rows.data_ptr(), out.data_ptr(), K, tiles, chunks, meta.shape[1]),
+    )
+    return out
+
+
+@cache
+def _cache_bytes(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+@cache
+def _kernel(dtype: str, bits: int, axis: int, group: int, keep: bool) -> Kernel:
+    defines = {
+        "HQQ_T": dtype,
+        "HQQ_BITS": bits,
+        "HQQ_AXIS": axis,
+        "HQQ_GROUP": group,
+        "HQQ_RUN": _RUN_BLOCKS,
+        "HQQ_KEEP": keep,
+    }
+    return Kernel("tile_dequant.cu", "tile_dequantize", "PPPPiiii", defines)
