@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,7 +49,7 @@ class HQQLinear(QuantizedModule):
         before_layer()
         super().__init__(compute_dtype, device)
         if quant_config is not None:
-            config: LegacyConfig = copy.deepcopy(complete_config(quant_config))
+            config: LegacyConfig = complete_config(quant_config)
             self.offload_meta = config.pop("offload_meta")
             self.quant_config = config
         self.del_orig = del_orig

@@ -22,6 +22,8 @@ from hqq.core.qtensor import QSpec, QTensor
 from hqq.errors import BackendError, NotQuantizedError
 
 _TENSORS = ("W_q", "bias")
+_PLAIN = {bool, int, str, dict, type(None), torch.dtype, torch.device, QSpec}
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 _WIRE = ("W_q", "scale", "zero")
 
 
@@ -64,6 +66,10 @@ class QuantizedModule(PreparedMixin, LayerStateMixin, nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             return  # the weight is the codes; callers that attach a dummy weight lose nothing
+        if type(value) in _PLAIN and not any(name in self.__dict__[kind] for kind in _REGISTRIES):
+            # What nn.Module would come to after a dozen checks, which are half the cost of making a layer.
+            object.__setattr__(self, name, value)
+            return
         if name in _WIRE and self.prepared is not None:
             self.unprepare()
         is_plain = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)

@@ -23,21 +23,22 @@ def check_representable(q: QTensor, compute_dtype: torch.dtype) -> None:
     Warns with QuantizationWarning where float16 is too coarse for the scales of very small weights. Inside `collected`
     both wait until the verdicts are asked for.
     """
-    scale, zero = (_cast(stat, compute_dtype) for stat in (q.scale, q.zero))
-    # Nothing dequantised is larger than this; the factor leaves room for rounding. Nearly always that settles it.
-    bound = 2 * _largest(scale) * (_largest(zero) + q.spec.max_code)
-    good = bound <= torch.finfo(compute_dtype).max
+    # Nothing dequantised is larger than the left side; a factor leaves room for rounding to the dtype. Nearly always
+    # that settles it.
+    scale, zero = (_cast(stat, torch.float32) for stat in (q.scale, q.zero))
+    good = _largest(scale) * (_largest(zero) + q.spec.max_code) <= torch.finfo(compute_dtype).max / 4
     if compute_dtype == torch.float16:
-        good = good & (scale.amin() >= _COARSE_FLOAT16)
-    expect(good, partial(_look_closer, q, scale, zero, compute_dtype))
+        good = good & (scale.amin() >= 2 * _COARSE_FLOAT16)
+    expect(good, partial(_look_closer, q, compute_dtype))
 
 
 def _largest(stat: Tensor) -> Tensor:
     largest: Tensor = torch.linalg.vector_norm(stat, math.inf)
-    return largest.float()
+    return largest
 
 
-def _look_closer(q: QTensor, scale: Tensor, zero: Tensor, compute_dtype: torch.dtype) -> None:
+def _look_closer(q: QTensor, compute_dtype: torch.dtype) -> None:
+    scale, zero = (_cast(stat, compute_dtype) for stat in (q.scale, q.zero))
     # Every dequantised value lies between the ends of its group's lattice.
     ends = torch.cat([((code - zero) * scale).flatten() for code in (0, q.spec.max_code)])
     if not bool(torch.isfinite(ends).all()) and not bool(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hqq.kernels.solve_lattice import min_max
+from hqq.kernels.solve_lattice import min_max, rint
 from hqq.kernels.solve_tiles import ends, exact_codes, load_tiles, only_live, quick_codes, totals
 
 _LEAST_SCALE = tl.constexpr(1e-3)
@@ -27,6 +27,7 @@ def _fit(
     offset,
     total,
     mean,
+    centre,
     C: tl.constexpr,
     T: tl.constexpr,
     GS: tl.constexpr,
@@ -36,16 +37,15 @@ def _fit(
 ):
     """Round the groups to `v * slope + offset` and fit their lattice: (gain, s, b), one number for each group.
 
-    Codes count from the middle one: sums of large numbers would lose what tells one lattice of 8 bits from the next.
+    Codes count from `centre`: sums of large numbers would lose what tells one lattice of 8 bits from the next.
     """
-    CENTRE: tl.constexpr = (MAX_CODE + 1) // 2
     if SATURATE:
         slope, offset = slope * (1.0 / MAX_CODE), offset * (1.0 / MAX_CODE)
-    slope, offset = slope[:, None], offset[:, None]
-    q = only_live(quick_codes(tiles[0], slope, offset, MAX_CODE, CENTRE, SATURATE), 0, C, GS)
+    slope, offset, shift = slope[:, None], offset[:, None], centre[:, None]
+    q = only_live(quick_codes(tiles[0], slope, offset, shift, MAX_CODE, SATURATE), 0, C, GS)
     sum_q, sum_qq, sum_qv = q, q * q, q * tiles[0]
     for t in tl.static_range(1, T):
-        q = only_live(quick_codes(tiles[t], slope, offset, MAX_CODE, CENTRE, SATURATE), t, C, GS)
+        q = only_live(quick_codes(tiles[t], slope, offset, shift, MAX_CODE, SATURATE), t, C, GS)
         sum_q += q
         sum_qq = tl.fma(q, q, sum_qq)
         sum_qv = tl.fma(q, tiles[t], sum_qv)
@@ -54,7 +54,7 @@ def _fit(
     deviation = tl.maximum(sum_qq - mean_q * sum_q, _LEAST_SPREAD)
     covariance = sum_qv - mean_q * total
     s = tl.maximum(covariance / deviation, _LEAST_SCALE)
-    return covariance * s, s, mean - s * (mean_q + CENTRE)
+    return covariance * s, s, mean - s * (mean_q + centre)
 
 
 @triton.jit
@@ -65,6 +65,7 @@ def _descend(
     best_b,
     total,
     mean,
+    centre,
     FITS: tl.constexpr,
     OVERSHOOT: tl.constexpr,
     C: tl.constexpr,
@@ -79,7 +80,7 @@ def _descend(
     for _ in range(FITS):
         slope = 1.0 / s
         g, new_s, new_b = _fit(
-            tiles, slope, -(slope * b), total, mean, C, T, GS, MAX_CODE, SATURATE, INTERPRETED
+            tiles, slope, -(slope * b), total, mean, centre, C, T, GS, MAX_CODE, SATURATE, INTERPRETED
         )
         better = g > gain
         gain = tl.where(better, g, gain)
@@ -95,6 +96,7 @@ def _search(
     starts,
     total,
     mean,
+    centre,
     SCALES: tl.constexpr,
     OFFSETS: tl.constexpr,
     FITS_PER_OFFSET: tl.constexpr,
@@ -123,6 +125,7 @@ def _search(
                 b * minus_slope,
                 total,
                 mean,
+                centre,
                 C,
                 T,
                 GS,
@@ -140,6 +143,7 @@ def _search(
             b_best,
             total,
             mean,
+            centre,
             FITS_PER_OFFSET,
             OVERSHOOT,
             C,
@@ -159,6 +163,7 @@ def _search(
         best_b,
         total,
         mean,
+        centre,
         FITS_OF_BEST,
         OVERSHOOT,
         C,
@@ -338,11 +343,15 @@ def als_kernel(
     for t in tl.static_range(1, T):
         total += centred[t]
     total = tl.sum(total, 1)
+    mean = total * (1.0 / GS)
     s, b = _search(
         centred,
         starts,
         total,
-        total * (1.0 / GS),
+        mean,
+        rint(
+            mean + MAX_CODE / 2
+        ),  # the code of the mean: where a group with an outlier has nearly all its codes
         SCALES,
         OFFSETS,
         FITS_PER_OFFSET,

@@ -101,8 +101,8 @@ def exact_codes(scaled, zero, MAX_CODE: tl.constexpr):
 
 
 @triton.jit
-def quick_codes(v, slope, offset, MAX_CODE: tl.constexpr, CENTRE: tl.constexpr, SATURATE: tl.constexpr):
-    """clamp(round(v * slope + offset), 0, MAX_CODE) - CENTRE up to ties; CENTRE is an integer.
+def quick_codes(v, slope, offset, centre, MAX_CODE: tl.constexpr, SATURATE: tl.constexpr):
+    """clamp(round(v * slope + offset), 0, MAX_CODE) - centre up to ties; centre holds integers.
 
     With SATURATE slope and offset come divided by MAX_CODE: saturating to [0, 1] is part of NVIDIA's multiply-add and
     costs nothing, while minimum and maximum run at half rate.
@@ -116,6 +116,6 @@ def quick_codes(v, slope, offset, MAX_CODE: tl.constexpr, CENTRE: tl.constexpr, 
             is_pure=True,
             pack=1,
         )
-        return tl.fma(share, MAX_CODE * 1.0, MAGIC) - (MAGIC + CENTRE)
+        return tl.fma(share, MAX_CODE * 1.0, MAGIC) - (centre + MAGIC)
     else:
-        return (tl.minimum(tl.maximum(tl.fma(v, slope, offset), 0.0), MAX_CODE) + MAGIC) - (MAGIC + CENTRE)
+        return (tl.minimum(tl.maximum(tl.fma(v, slope, offset), 0.0), MAX_CODE) + MAGIC) - (centre + MAGIC)

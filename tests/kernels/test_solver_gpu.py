@@ -198,7 +198,7 @@ def test_what_a_dtype_cannot_hold_is_told_late_but_by_name() -> None:
     model = model_of(5)
     with torch.no_grad():
         model[3].weight[5, 7] = 1e6  # type: ignore[union-attr, operator, index]
-    with pytest.raises(WeightError, match="^3: .*reaches 1e.06.*float16"):
+    with pytest.raises(WeightError, match="^3: .*reaches (1e.06|9.9.e.05).*float16"):
         quantize_model(
             model, QuantConfig(nbits=4, group_size=64), compute_dtype=torch.float16, progress=False
         )

@@ -54,7 +54,7 @@ def solve_als(
     if dim is None:
         return solve_min_max(W, dim, max_code, round_zero=round_zero, storage_dtype=storage_dtype)
     job = _Job(W, dim, max_code, storage_dtype, zero_mode, importance)
-    # On one thread: these operations are so short that threads would mostly wait for each other's Python.
+    # Threads are left to torch's operations: those are so short that Python threads would wait for each other.
     job.run(list(job.layout.blocks()))
     return job.solution()
 

@@ -10,15 +10,17 @@ number of groups: sums run down whole vectors of columns in an order that `rows`
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# torch splits operations on 32768 elements or more between threads; below, each runs on the thread that calls it,
-# and a tile and its scratch space (4 tiles of 128 KiB) fit a core's second-level cache.
-_CPU_TILE = 32767
+# torch deals an operation out to threads in parts of at least 32768 elements. With two such parts for each, calling an
+# operation costs little beside it, and a thread's share of a tile and its scratch space (4 parts of 256 KiB) stays in
+# its core's second-level cache.
+_CPU_TILE_PER_THREAD = 1 << 16
+_MOST_THREADS = 16
 _DEVICE_TILE = 1 << 26
 _LONGEST_COLUMN = 128
 # Sums of columns add in one order for whole vectors and in another for what is left over: leave nothing over.
@@ -95,8 +97,11 @@ def plan(groups: int, length: int, device: torch.device) -> Layout:
     if length > _LONGEST_COLUMN:
         rows = next((m for m in range(_LONGEST_COLUMN, 31, -1) if length % m == 0), _LONGEST_COLUMN // 2)
     split = -(-length // rows)
-    tile = _CPU_TILE if device.type == "cpu" else _DEVICE_TILE
+    threads = min(torch.get_num_threads(), _MOST_THREADS)
+    tile = _CPU_TILE_PER_THREAD * threads if device.type == "cpu" else _DEVICE_TILE
     most = max(tile // rows // _COLUMN_STEP * _COLUMN_STEP // split, 1)
     # Equal tiles: one costs what it holds and what it could hold.
     tiles = -(-groups // most)
-    return Layout(groups, length, rows, split, -(-groups // tiles))
+    layout = Layout(groups, length, rows, split, -(-groups // tiles))
+    # Columns that are empty anyway may as well be groups: nothing has to be padded then.
+    return replace(layout, width=max(layout.columns // split, layout.width))

@@ -147,7 +147,7 @@ def test_a_group_is_solved_alike_in_any_company(
     whole = solve_als(W, 1, top)
     cut = size[0] // 3 + 1
     parts = [solve_als(part, 1, top) for part in (W[:cut], W[cut:])]
-    monkeypatch.setattr(columns, "_CPU_TILE", 9000)
+    monkeypatch.setattr(columns, "_CPU_TILE_PER_THREAD", 9000)
     small_tiles = solve_als(W, 1, top)
     threads = torch.get_num_threads()
     try:
@@ -159,6 +159,22 @@ def test_a_group_is_solved_alike_in_any_company(
         assert torch.equal(torch.cat([part[k] for part in parts]), expected)
         assert torch.equal(small_tiles[k], expected)
         assert torch.equal(other_threads[k], expected)
+
+
+@pytest.mark.parametrize("size", [(3000, 64), (150, 1100), (40, 4096)], ids=str)
+def test_how_many_threads_share_a_tile_does_not_matter(size: tuple[int, int], rng: torch.Generator) -> None:
+    W = trained_like(*size, rng)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(solve_als(W, 1, 15))
+    finally:
+        torch.set_num_threads(threads)
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("power", [-90, -20, 3, 90])
