@@ -14,6 +14,8 @@ from hqq.core.linear import HQQLinear
 from hqq.core.modules import linear_tag, name_modules, named_sites
 from hqq.core.solvers import DEFAULT_SOLVER
 from hqq.errors import ConfigError
+from hqq.models.calibration.run import calibrate
+from hqq.models.calibration.settings import CalibrationLike, as_calibration
 from hqq.models.candidates import avoid_fused_paths
 from hqq.models.install import install, main_member, quantized, relative_error
 from hqq.models.late_checks import LateChecks
@@ -39,6 +41,7 @@ def quantize_model(
     lm_head: bool = False,
     progress: bool = True,
     errors: bool = False,
+    calibration: CalibrationLike = None,
 ) -> QuantizationReport:
     """Quantise the linear layers and fused experts of `model` in place and return what was done.
 
@@ -56,6 +59,9 @@ def quantize_model(
         lm_head: also quantise the output head (together with the embedding, if they share their weight).
         progress: show a progress bar on a terminal.
         errors: measure each layer's relative error (one more pass over each weight).
+        calibration: None needs no data. "self": a language model writes text, and each layer is fitted to the inputs
+            that it sees there, errors of the layers before it included; "random": the same with random tokens; or the
+            caller's data, or a `Calibration` with all settings. See docs/solver.md.
 
     Every layer is checked before the first is changed, except that NaN and infinity in weights that go from the CPU to
     a GPU are found when it is their turn, and values beyond compute_dtype's largest when a weight has been solved.
@@ -64,6 +70,7 @@ def quantize_model(
     or ShapeError, which name the layer.
     """
     start = time.perf_counter()
+    settings = as_calibration(calibration)
     _refuse(model)
     weights = sum(p.numel() for p in model.parameters())
     with experts_as_modules(model):
@@ -71,11 +78,16 @@ def quantize_model(
         if not plan.jobs:
             raise ConfigError(f"got a {type(model).__name__} with no layer to quantise: {_reasons(plan)}")
         placement = plan_placement(model, device)
-        check_jobs(plan.jobs, compute_dtype, placement)
-        rows = _quantize_jobs(model, plan, placement, compute_dtype, progress, errors)
+        # A model that is to run needs all its weights to be finite before it starts.
+        check_jobs(plan.jobs, compute_dtype, placement if settings is None else Placement({}))
+        if settings is None:
+            rows = _quantize_jobs(model, plan, placement, compute_dtype, progress, errors)
+    if settings is not None:
+        rows = calibrate(model, plan.jobs, placement, compute_dtype, settings, progress, errors)
     settle_tensors(model, placement, compute_dtype)
     finish_model(model)
-    follow_inputs(model, placement)
+    if settings is None:
+        follow_inputs(model, placement)
     attach_config(model, describe_model(model, skip))
     return QuantizationReport(
         tuple(rows), tuple(plan.left), weights, stored_bytes(model), time.perf_counter() - start

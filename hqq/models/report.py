@@ -18,6 +18,9 @@ class LayerRow:
     bytes: codes, scale, zero and bias together. error: Frobenius norm of (W - dequantised) over that of W, or None
     if it was not asked for or is not known. seconds: time to quantise (0 for a layer read from a file).
     shared_with: name of the layer whose tensors this one uses; its bytes are counted there.
+    output_error_before, output_error: of a calibrated layer, error of the outputs for the inputs it was calibrated
+    with, relative to their norm: of the data-free solution and of the one that is used; None if no inputs were seen.
+    fallback: why the data-free solution is used although there was calibration.
     """
 
     name: str
@@ -30,6 +33,9 @@ class LayerRow:
     error: float | None = None
     seconds: float = 0.0
     shared_with: str | None = None
+    output_error_before: float | None = None
+    output_error: float | None = None
+    fallback: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,13 +67,20 @@ class QuantizationReport:
         """Bits per weight of the whole model: everything stored, over all parameters it had."""
         return 8 * self.bytes / self.weights if self.weights else 0.0
 
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """Layers that calibration left at the data-free solution, and why."""
+        return {row.name: row.fallback for row in self.layers if row.fallback is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a JSON-able dict."""
         return {**asdict(self), "effective_bits": self.effective_bits}
 
     def __str__(self) -> str:
+        count = sum(row.output_error is not None and row.fallback is None for row in self.layers)
+        calibrated = f", {count} of them calibrated" if count else ""
         return (
-            f"{len(self.layers)} layers quantised, {len(self.left)} modules with weights left; "
+            f"{len(self.layers)} layers quantised{calibrated}, {len(self.left)} modules with weights left; "
             f"{self.weights:,} weights in {self.bytes:,} bytes, {self.effective_bits:.3f} bits per weight; "
             f"{self.seconds:.1f} s"
         )
