@@ -1,14 +1,84 @@
-"""gemlite's kernels for HQQ layers, under the original's path: gemlite takes the layer, and its module replaces it."""
+"""gemlite's kernels: as a backend of HQQLinear, and, under the original's path, as the module that replaces it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from hqq.backends.foreign import ForeignWeight, why_not_groups, why_not_there
 from hqq.core.linear import HQQLinear
 from hqq.core.lora import HQQLinearLoRA
+from hqq.core.prepared import plain
+from hqq.core.qtensor import QSpec, QTensor
 from hqq.errors import BackendError
+
+# Bits of a code as stored here -> as gemlite takes them.
+_BITS = {8: 8, 4: 4, 3: 4, 2: 2, 1: 1}
+_MULTIPLE = 32
+_SMALLEST_GROUP = 16
+
+
+class GemliteWeight(ForeignWeight):
+    """A weight in a layer of gemlite's, which is no child of this module: it has another idea of its state."""
+
+    backend = "gemlite"
+
+    def __init__(self, q: QTensor, dtype: torch.dtype) -> None:
+        super().__init__(q, dtype)
+        flat = plain(q, dtype)
+        assert q.spec.format is not None
+        codes = flat.spec.grouping.ungroup(flat.codes(torch.uint8)).contiguous()
+        # gemlite asks for the GPU's properties without saying of which, and calls its kernels there.
+        with torch.cuda.device(q.device):
+            made = _processor()(device=str(q.device), dtype=dtype).from_weights(
+                W_q=codes,
+                scales=flat.scale,
+                zeros=flat.zero,
+                W_nbits=_BITS[q.spec.format.bits],
+                group_size=q.spec.grouping.length,
+                bias=None,
+            )
+        self._layers: tuple[nn.Module, ...] = (made,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that gemlite keeps on the device."""
+        layer = self._layers[0]
+        return sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        y: Tensor = self._layers[0](x)
+        return y
+
+
+class GemliteBackend:
+    """8 to 1 bits (5 and 6 kept as 8, 3 as 4), axis 1, any float dtype; needs a GPU even to be imported."""
+
+    name = "gemlite"
+
+    def available(self) -> str | None:
+        return why_not_there("gemlite", "pip install gemlite")
+
+    def supports(self, spec: QSpec, compute_dtype: torch.dtype, device: torch.device) -> str | None:
+        reason = why_not_groups("gemlite", spec, device)
+        if reason is not None:
+            return reason
+        if compute_dtype not in (torch.float16, torch.bfloat16):
+            return f"gemlite is used in float16 and bfloat16, not in {compute_dtype}"
+        if any(extent % _MULTIPLE for extent in spec.shape) or spec.grouping.length % _SMALLEST_GROUP:
+            return (
+                f"gemlite takes multiples of {_MULTIPLE} outputs and inputs and groups of multiples of "
+                f"{_SMALLEST_GROUP}, not {spec.shape} and {spec.grouping.length}"
+            )
+        return None
+
+    def prepare(self, q: QTensor, dtype: torch.dtype) -> GemliteWeight:
+        return GemliteWeight(q, dtype)
+
+
+MATMUL = GemliteBackend()
 
 
 def patch_hqq_to_gemlite(layer: nn.Module, patch_params: Any = None) -> nn.Module:

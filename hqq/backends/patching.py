@@ -83,6 +83,17 @@ def patch_hqq_inference(layer: nn.Module, patch_param: Any = None) -> nn.Module:
     return layer
 
 
+def patch_with_backend(layer: nn.Module, backend: str) -> nn.Module:
+    """Prepare an HQQLinear, or the one in an adapter, for `backend` and return `layer`; others come back unchanged.
+
+    Raises BackendError if the backend is not there or does not take the layer, which is as it was then.
+    """
+    quantized = layer.linear_layer if isinstance(layer, LinearAdapter) else layer
+    if isinstance(quantized, HQQLinear):
+        prepare_for_inference(quantized, backend=backend, strict=True)
+    return layer
+
+
 def patch_lora_inference(layer: nn.Module, patch_param: Any = None) -> nn.Module:
     """Put an adapter into eval mode: without dropout, its forward pass is two products."""
     return layer.eval() if isinstance(layer, LinearAdapter) else layer

@@ -15,11 +15,17 @@ from hqq.errors import BackendError
 # Modules that hold a MatmulBackend as `MATMUL`, imported when first asked for: they may need libraries that are absent.
 _MODULES: dict[str, str] = {
     "native": "hqq.backends.native",
+    "torchao_int4": "hqq.backends.torchao_int4",
+    "gemlite": "hqq.backends.gemlite",
+    "marlin": "hqq.backends.marlin",
+    "bitblas": "hqq.backends.bitblas",
+    "cpu": "hqq.backends.cpu",
 }
 
 # What "default" stands for, by type of device, best first. Every list ends with the reference, which takes everything.
 _DEFAULT: dict[str, tuple[str, ...]] = {
     "cuda": ("native", "triton", "pytorch"),
+    "cpu": ("cpu", "pytorch"),
 }
 _REFERENCE = ("pytorch",)
 
@@ -39,10 +45,13 @@ _MEANS: dict[str, tuple[str, ...]] = {
     "auto": ("native", "triton", "cpu", "pytorch"),
 }
 
-BACKEND_NAMES: tuple[str, ...] = (*("default", "auto", "native", "triton", "pytorch", "pytorch_compile"),)
+BACKEND_NAMES: tuple[str, ...] = (
+    *("default", "auto", "native", "triton", "pytorch", "pytorch_compile"),
+    *("torchao_int4", "gemlite", "marlin", "bitblas", "cpu"),
+)
 """The names that `prepare_for_inference` takes."""
 
-EXTERNAL: frozenset[str] = frozenset()
+EXTERNAL = frozenset({"gemlite", "marlin", "bitblas"})
 """Backends that need a library of their own: asking for one that is not there is an error."""
 
 

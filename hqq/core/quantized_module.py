@@ -65,12 +65,12 @@ class QuantizedModule(PreparedMixin, LayerStateMixin, nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             return  # the weight is the codes; callers that attach a dummy weight lose nothing
+        if name in _WIRE and self.prepared is not None:
+            self.unprepare()
         if type(value) in _PLAIN and not self._registers(name):
             # What nn.Module would come to after a dozen checks, which are a fifth of the cost of making a layer.
             object.__setattr__(self, name, value)
             return
-        if name in _WIRE and self.prepared is not None:
-            self.unprepare()
         is_plain = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
         # Whoever deletes the parameter first (FSDP, which keeps its own and lends views of it) gets a plain attribute.
         if name in _TENSORS and name in self._parameters and is_plain:

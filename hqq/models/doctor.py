@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 import hqq
-from hqq.core.backend import HQQBackend, get_backend
+from hqq.core.choice import BACKEND_NAMES, unavailable
 from hqq.kernels.tune_cache import cache_folder
 
 LIBRARIES = (
@@ -22,6 +22,8 @@ LIBRARIES = (
     *("sentence-transformers", "torchao", "gemlite", "bitblas", "vllm"),
 )
 """Names of the distributions that are looked for."""
+
+_CHOOSING = ("default", "auto")  # names that stand for whatever works
 
 Need = Literal["absent", "nothing", "dtype", "loader", "unsupported"]
 
@@ -45,7 +47,7 @@ class Device:
 
 @dataclass(frozen=True)
 class BackendState:
-    """Whether a native backend works on this machine, and, if not, why."""
+    """Whether a backend of `prepare_for_inference` works on this machine, and, if not, why."""
 
     name: str
     works: bool
@@ -83,7 +85,7 @@ def diagnose() -> Diagnosis:
         libraries={name: _version(name) for name in LIBRARIES},
         cuda=torch.version.cuda,
         devices=tuple(_device(index) for index in range(torch.cuda.device_count())),
-        backends=tuple(_state(backend.value) for backend in HQQBackend),
+        backends=tuple(_state(name) for name in BACKEND_NAMES if name not in _CHOOSING),
         transformers=need,
         transformers_text=_NEEDS[need],
         cache_folder=str(folder),
@@ -104,7 +106,7 @@ def _device(index: int) -> Device:
 
 
 def _state(name: str) -> BackendState:
-    reason = get_backend(name).available()
+    reason = unavailable(name)
     return BackendState(name, reason is None, reason)
 
 
