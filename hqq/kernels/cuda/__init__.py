@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 _EXPORTS = {
     "Kernel": "hqq.kernels.cuda.kernel",
     "compiler_missing_reason": "hqq.kernels.cuda.nvrtc",
-    "cubin": "hqq.kernels.cuda.nvrtc",
+    "prepare_all": "hqq.kernels.cuda.kernel",
     "unavailable_reason": "hqq.kernels.cuda.module",
 }
 
@@ -16,9 +16,9 @@ __all__ = sorted(_EXPORTS)  # noqa: PLE0605
 
 if TYPE_CHECKING:
     from hqq.kernels.cuda.kernel import Kernel as Kernel
+    from hqq.kernels.cuda.kernel import prepare_all as prepare_all
     from hqq.kernels.cuda.module import unavailable_reason as unavailable_reason
     from hqq.kernels.cuda.nvrtc import compiler_missing_reason as compiler_missing_reason
-    from hqq.kernels.cuda.nvrtc import cubin as cubin
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
@@ -101,6 +102,13 @@ class Kernel:
                 function = load_function(self.source, self.defines, self.name, device)
                 self._loaded[device] = _OnDevice(function, device)
             return self._loaded[device]
+
+
+def prepare_all(kernels: Iterable[Kernel], device: int, threads: int | None = None) -> None:
+    """Compile and load `kernels` for CUDA device `device`, several at a time, so that no first launch waits for it."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="hqq-compile") as pool:
+        # The results are taken for the errors among them.
+        list(pool.map(lambda kernel: kernel.prepare(device), kernels))
 
 
 class _OnDevice:

@@ -26,7 +26,7 @@ class _Modules:
         self.forget()
 
     def forget(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = threading.Lock()
         self.loaded: dict[tuple[Source, Defines, int], driver.CUmodule] = {}
 
 
@@ -66,11 +66,12 @@ def load_function(source: Source, defines: Defines, name: str, device: int) -> d
     from cuda.bindings import driver
 
     key = (source, defines, device)
+    # Outside the lock: compiling takes long, and several threads may do it at once.
+    code = None if key in _modules.loaded else cubin(source, defines, device_arch(device))
     with _modules.lock, torch.cuda.device(device), _capture_allowed():
         ensure_context(device)
         module = _modules.loaded.get(key)
         if module is None:
-            code = cubin(source, defines, device_arch(device))
             module = checked(driver.cuModuleLoadData(code), f"loading {source.name}")
             _modules.loaded[key] = module
         function = driver.cuModuleGetFunction(module, name.encode())
