@@ -47,7 +47,7 @@ class Weights:
         }
 
 
-def random_llama(weights: Weights, **changes: Any) -> Any:
+def random_llama(weights: Weights, device: str = "cuda", **changes: Any) -> Any:
     """Return a causal language model in eval mode, whose linear layers are quantised as `weights` says."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -62,24 +62,24 @@ def random_llama(weights: Weights, **changes: Any) -> Any:
         bits = weights.head_bits if name == "lm_head" else weights.bits
         if isinstance(module, nn.Linear) and bits is not None:
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, _random_layer(module, bits, weights))
+            setattr(model.get_submodule(parent), last, _random_layer(module, bits, weights, device))
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                filled = torch.empty(parameter.shape, dtype=weights.dtype, device="cuda")
+                filled = torch.empty(parameter.shape, dtype=weights.dtype, device=device)
                 filled = filled.fill_(1) if filled.ndim == 1 else filled.normal_(std=_SPREAD)
                 setattr(module, name, nn.Parameter(filled, requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to("cuda")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
     return model.eval()
 
 
-def _random_layer(linear: nn.Linear, bits: int, weights: Weights) -> HQQLinear:
+def _random_layer(linear: nn.Linear, bits: int, weights: Weights, device: str) -> HQQLinear:
     shape = (linear.out_features, linear.in_features)
-    q = random_qtensor(bits, shape, weights.group_size, weights.axis, weights.dtype)
+    q = random_qtensor(bits, shape, weights.group_size, weights.axis, weights.dtype, device=device)
     top = 2**bits - 1
     q.zero = torch.full_like(q.zero, top / 2)  # type: ignore[arg-type]
     q.scale = torch.full_like(q.scale, _SPREAD * 12**0.5 / (top + 1))  # type: ignore[arg-type]
-    layer = HQQLinear(None, None, compute_dtype=weights.dtype, device="cuda")
+    layer = HQQLinear(None, None, compute_dtype=weights.dtype, device=device)
     layer._set_qtensor(q)
     layer._features_from_shape()
     return layer

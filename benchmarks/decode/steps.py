@@ -16,6 +16,7 @@ from hqq.models.generate import HFGenerator
 _KINDS = {
     "norm": "_add_norm_kernel",
     "attention": "_attention_kernel",
+    "join": "_join_kernel",
     "activation": "_silu_mul_kernel",
     "argmax": "_argmax_kernel",
     "embedding": "indexSelect|index_select|embedding|gather",
@@ -95,6 +96,7 @@ def _kind(name: str) -> str | None:
 _PRODUCTS = {
     ("norm", "attention"): "qkv",
     ("attention", "norm"): "o",
+    ("join", "norm"): "o",
     ("norm", "activation"): "gate_up",
     ("activation", "norm"): "down",
     ("norm", "argmax"): "lm_head",

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hqq.kernels.decode_advance import Rows, move_on
 from hqq.kernels.decode_launch import on, options
 from hqq.kernels.dequant_flow import start_next, wait_for_previous
 
@@ -30,10 +31,10 @@ def _argmax_kernel(
     ids,
     positions,
     ends,
-    stride,
-    V,
     ids_stride,
     pad,
+    stride,
+    V,
     BLOCKS: tl.constexpr,
     BLOCKS_PAD: tl.constexpr,
     ENDS: tl.constexpr,
@@ -61,16 +62,8 @@ def _argmax_kernel(
         found = tl.load(where + row * BLOCKS + i, mask=i < BLOCKS, other=0x7FFFFFFF, cache_modifier=".cg")
         # Of equal logits the first token. Where nothing compares (NaN), still a token.
         first = tl.min(tl.where(tops == tl.max(tops, 0), found, 0x7FFFFFFF), 0)
-        over = tl.load(finished + row) != 0
-        chosen = tl.where(over, pad, tl.minimum(first, V - 1)).to(tl.int64)
-        if ENDS > 0:
-            e = tl.arange(0, ENDS_PAD)
-            same = (tl.load(ends + e, mask=e < ENDS, other=-1) == chosen).to(tl.int32)
-            tl.store(finished + row, (over | (tl.sum(same, 0) > 0)).to(tl.int8))
-        position = tl.load(positions + row) + 1
-        tl.store(token + row, chosen)
-        tl.store(ids + row * ids_stride + position, chosen)
-        tl.store(positions + row, position)
+        first = tl.minimum(first, V - 1)
+        move_on(row, first, token, finished, ids, positions, ends, ids_stride, pad, ENDS, ENDS_PAD)
 
 
 @dataclass(frozen=True)
@@ -92,44 +85,26 @@ class ArgmaxSpace:
         )
 
 
-def greedy_advance(
-    logits: Tensor,
-    token: Tensor,
-    finished: Tensor,
-    ids: Tensor,
-    positions: Tensor,
-    ends: Tensor,
-    pad: int,
-    space: ArgmaxSpace,
-) -> None:
-    """Choose the likeliest token of each row and move the rows on, all in place.
+def greedy_advance(logits: Tensor, rows: Rows, space: ArgmaxSpace) -> None:
+    """Choose the likeliest token of each row, the first of equal ones, and move the rows on, all in place.
 
-    logits [B, V] with contiguous rows. token [B, 1] (int64) gets the token, `pad` for a row that is finished;
-    positions [B] (int32) the next place; ids [B, L] (int64) the token there; finished [B] (bool) whether the token is
-    one of ends [E] (int64).
+    logits [B, V], with contiguous rows.
     """
-    rows, V = logits.shape
+    count, V = logits.shape
     blocks = space.best.shape[1]
     with on(logits.device):
-        _argmax_kernel[(blocks, rows)](
+        _argmax_kernel[(blocks, count)](
             logits,
             space.best,
             space.where,
             space.arrived,
-            token,
-            finished.view(torch.int8),
-            ids,
-            positions,
-            ends,
+            *rows.arguments(),
             logits.stride(0),
             V,
-            ids.stride(0),
-            pad,
             BLOCKS=blocks,
             BLOCKS_PAD=triton.next_power_of_2(blocks),
-            ENDS=len(ends),
-            ENDS_PAD=triton.next_power_of_2(max(1, len(ends))),
             BLOCK=_BLOCK,
             num_warps=4,
+            **rows.constants(),
             **options(logits.device, logits.dtype),
         )

@@ -211,6 +211,7 @@ def test_attention(
 def test_greedy_advance(
     rows: int, V: int, dtype: torch.dtype, rng: torch.Generator, device: torch.device
 ) -> None:
+    from hqq.kernels.decode_advance import Rows
     from hqq.kernels.decode_argmax import ArgmaxSpace, greedy_advance
 
     space = ArgmaxSpace.make(rows, V, device)
@@ -225,7 +226,7 @@ def test_greedy_advance(
     positions = torch.randint(0, 10, (rows,), generator=rng, dtype=torch.int32).to(device)
     places = positions.tolist()
     for step in range(2):
-        greedy_advance(logits, token, finished, ids, positions, ends, V + 1, space)
+        greedy_advance(logits, Rows(token, finished, ids, positions, ends, V + 1), space)
         expected = [V + 1 if done else index for done, index in zip(over, best, strict=True)]
         assert token[:, 0].tolist() == expected
         places = [place + 1 for place in places]

@@ -13,8 +13,9 @@ from hqq.models.generation.sampling import Sampling
 from hqq.models.generation.transformers_cache import CachedModel, empty_mask, vocabulary_size
 
 if TYPE_CHECKING:
+    from hqq.kernels.decode_advance import Rows
     from hqq.models.generation.family import Family
-    from hqq.models.generation.fused_step import FusedStep, GreedyState
+    from hqq.models.generation.fused_step import FusedStep
 
 Compile = Mapping[str, Any]
 
@@ -70,7 +71,7 @@ class Decoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._to_capture = self._compiled = False
         self._fused: FusedStep | None = None
-        self._greedy: GreedyState | None = None
+        self._rows: Rows | None = None
 
     # How it runs
 
@@ -93,11 +94,12 @@ class Decoder:
 
         family: the parts of the model. Raises BackendError for a cache that the fused step does not take.
         """
-        from hqq.models.generation.fused_step import FusedStep, GreedyState
+        from hqq.kernels.decode_advance import Rows
+        from hqq.models.generation.fused_step import FusedStep
 
         self._allocate()
         self._fused = FusedStep(family, self.model.tensors())
-        self._greedy = GreedyState(self.token, self.finished, self.ids, self._ends, self.pad)
+        self._rows = Rows(self.token, self.finished, self.ids, self._fused.positions, self._ends, self.pad)
         self._step = self._fused_step
 
     def capture_next(self) -> None:
@@ -158,14 +160,9 @@ class Decoder:
         self._advance(self.model(self.token, self.attention_mask, self.position_ids, self.cache_position))
 
     def _fused_step(self) -> None:
-        fused, greedy = self._fused, self._greedy
-        assert fused is not None and greedy is not None
-        logits = fused.logits(self.token)
-        if self.sampling.draws or self.sampling.remembers:
-            self._advance(logits)
-            fused.positions.add_(1)
-        else:
-            fused.advance_greedily(logits, greedy)
+        fused, rows = self._fused, self._rows
+        assert fused is not None and rows is not None
+        fused.advance(fused.logits(self.token), rows, self.sampling, self._noise, self._seen)
 
     def _advance(self, logits: Tensor) -> None:
         """Choose a token for each row by `logits` [B, V] and make it the next one to feed."""

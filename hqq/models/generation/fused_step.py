@@ -10,11 +10,14 @@ from torch import Tensor
 
 from hqq.backends.merge import Projections
 from hqq.errors import BackendError
+from hqq.kernels.decode_advance import Rows
 from hqq.kernels.decode_argmax import ArgmaxSpace, greedy_advance
 from hqq.kernels.decode_attention import AttentionSpace, HeadNorm, decode_attention
 from hqq.kernels.decode_mlp import silu_mul
 from hqq.kernels.decode_norm import add_norm
+from hqq.kernels.decode_sample import Filters, sample_advance, sample_space
 from hqq.models.generation.family import Family, Layer, Norm
+from hqq.models.generation.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class FusedStep:
         self._cos, self._sin = family.rotation(length)
         self._space = AttentionSpace.make(batch, kv_heads, family.heads // kv_heads, head, length, device)
         self._argmax: ArgmaxSpace | None = None
+        self._sampled: Tensor | None = None
         self.begins = torch.zeros(batch, dtype=torch.int32, device=device)
         self.positions = torch.zeros(batch, dtype=torch.int32, device=device)
 
@@ -82,20 +86,30 @@ class FusedStep:
         logits: Tensor = family.head(_normed(hidden, delta, family.norm))
         return logits
 
-    def advance_greedily(self, logits: Tensor, state: GreedyState) -> None:
-        """Make the likeliest token of each row the next one, and move on."""
-        if self._argmax is None:
-            self._argmax = ArgmaxSpace.make(logits.shape[0], logits.shape[1], logits.device)
-        greedy_advance(
-            logits,
-            state.token,
-            state.finished,
-            state.ids,
-            self.positions,
-            state.ends,
-            state.pad,
-            self._argmax,
+    def advance(
+        self, logits: Tensor, rows: Rows, sampling: Sampling, noise: Tensor | None, seen: Tensor | None
+    ) -> None:
+        """Choose the next token of each row by `logits` as `sampling` says, and move on.
+
+        noise and seen [B, V]: see `Sampling`.
+        """
+        count, V = logits.shape
+        if not sampling.draws and not sampling.remembers:
+            if self._argmax is None:
+                self._argmax = ArgmaxSpace.make(count, V, logits.device)
+            greedy_advance(logits, rows, self._argmax)
+            return
+        if self._sampled is None:
+            self._sampled = sample_space(count, V, logits.device)
+        filters = Filters(
+            draw=sampling.draws,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            penalty=sampling.repetition_penalty if sampling.remembers else None,
         )
+        sample_advance(logits, rows, filters, noise, seen, self._sampled)
 
     def _attention(self, layer: _Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return decode_attention(
@@ -113,17 +127,6 @@ class FusedStep:
             layer.heads,
             layer.layer.window,
         )
-
-
-@dataclass(frozen=True)
-class GreedyState:
-    """What greedy decoding changes in place: see `greedy_advance`."""
-
-    token: Tensor
-    finished: Tensor
-    ids: Tensor
-    ends: Tensor
-    pad: int
 
 
 def _with_cache(layer: Layer, keys: Tensor, values: Tensor) -> _Layer:
