@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 
 import pytest
@@ -172,7 +173,7 @@ def test_unknown_kernel_is_an_error() -> None:
 
 
 def test_wrong_number_of_arguments_is_an_error() -> None:
-    with pytest.raises(Exception, match="pack_into expected 2 items"):
+    with pytest.raises(struct.error, match="pack_into expected 2 items"):
         kernel("reverse", "Pi").launch(0, (1, 1, 1), (32, 1, 1), (0,))
 
 
