@@ -666,16 +666,29 @@ class TestInstall:
         )
         assert found == "nothing True"
 
-    @pytest.mark.skipif(not FUSED, reason="what a later transformers might look like")
-    def test_says_so_where_there_is_no_way(self) -> None:
+    @pytest.mark.skipif(not FUSED, reason="what other versions of transformers might look like")
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (
+                "del transformers.core_model_loading.WeightTransform.rename_source_key",
+                "a way unknown to this hqq",
+            ),
+            ("Quantizer.create_quantized_param = Quantizer.check_quantized_param = None", "is too old"),
+        ],
+        ids=["new", "old"],
+    )
+    def test_says_so_where_there_is_no_way(self, change: str, said: str) -> None:
         found = self.run(
             "import transformers.core_model_loading\n"
-            "del transformers.core_model_loading.WeightTransform.rename_source_key\n"
+            "from transformers.quantizers.quantizer_hqq import HqqHfQuantizer as Quantizer\n"
+            f"{change}\n"
             "from transformers import AutoModelForCausalLM\n"
             f"AutoModelForCausalLM.from_pretrained({str(GOLDEN / 'hf_safetensors')!r})"
         )
         last = found.splitlines()[-1]
         assert last.startswith(f"hqq.errors.BackendError: transformers {transformers.__version__} ")
+        assert said in last
         assert "install transformers" in last
 
     def test_importing_hqq_leaves_transformers_alone(self) -> None:
