@@ -133,6 +133,17 @@ def test_thread_that_has_done_nothing_on_the_gpu(rng: torch.Generator) -> None:
         assert torch.equal(y, x + 1 + value)
 
 
+def test_new_thread_that_needs_much_shared_memory(rng: torch.Generator) -> None:
+    x, y = random(rng, 20_000), torch.empty(20_000, device="cuda")
+    made = kernel("reverse", "PPi")
+    made.prepare(0)
+    args = (0, (1, 1, 1), (256, 1, 1), (y.data_ptr(), x.data_ptr(), x.numel()))
+    thread = threading.Thread(target=made.launch, args=args, kwargs={"shared": 80_000})
+    thread.start()
+    thread.join()
+    assert torch.equal(y, x.flip(0))
+
+
 def test_clusters() -> None:
     out = torch.full((8,), -1, dtype=torch.int32, device="cuda")
     if torch.cuda.get_device_capability() < (9, 0):

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from hqq.kernels.cuda.arguments import ArgumentPool
-from hqq.kernels.cuda.kernel import Dim3, Resources
+from hqq.kernels.cuda.loaded_kernel import Dim3, Resources
 from hqq.kernels.cuda.source import Defines, Source, as_defines, read_source
 
 HERE = Path(__file__).parent
