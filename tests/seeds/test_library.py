@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from hqq import HQQBackend, HQQLinear
 from hqq.core.peft import HQQLinearLoRA
-from hqq.errors import DeviceFallbackWarning
+from hqq.errors import BackendError, DeviceFallbackWarning
 
 TEXT = (Path(__file__).parent / "library.md").read_text()
 HAS_CUDA = torch.cuda.is_available()
@@ -127,6 +128,25 @@ def test_native_backends(scope: dict[str, Any]) -> None:
     # The last line stays in force: a kernel where there is a GPU, the torch reference and a reason elsewhere.
     assert torch.equal(layer.dequantize(), expected)
     assert (layer.selection().reason is None) == HAS_CUDA
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in snippet("Optimized inference").splitlines() if "(model" in line]
+)
+def test_optimized_inference(line: str, model_scope: dict[str, Any]) -> None:
+    """As published, and each of the lines that are commented out in its place."""
+    exec(snippet("Quantise a model"), model_scope | {"compute_dtype": torch.bfloat16}, model_scope)
+    model = model_scope["model"]
+    expected = logits(model)
+    library = re.search(r'backend="(gemlite|bitblas)"', line)
+    imports = snippet("Optimized inference").partition("\n")[0]
+    if library is not None and (not HAS_CUDA or find_spec(library[1]) is None):
+        with pytest.raises(BackendError, match=library[1]):
+            exec(f"{imports}\n{line.removeprefix('#')}", model_scope)
+    else:
+        exec(f"{imports}\n{line.removeprefix('#')}", model_scope)
+    # Layers that a backend does not take multiply as before; others round in bfloat16 in other places.
+    assert (logits(model) - expected).norm() < 2**-5 * expected.norm()
 
 
 def assert_tags_have_their_settings(model: nn.Module) -> None:
