@@ -10,6 +10,7 @@ __version__ = "1.0.0"
 # Public name -> module that defines it. Imported on first use: `import hqq` itself stays light.
 _EXPORTS = {
     "BaseQuantizeConfig": "hqq.core.config",
+    "Calibration": "hqq.models.calibration",
     "HQQBackend": "hqq.core.backend",
     "HQQEmbedding": "hqq.core.embedding",
     "HQQLinear": "hqq.core.linear",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from hqq.core.embedding import HQQEmbedding as HQQEmbedding
     from hqq.core.linear import HQQLinear as HQQLinear
     from hqq.core.quantizer import Quantizer as Quantizer
+    from hqq.models.calibration import Calibration as Calibration
     from hqq.models.checkpoint import load_quantized as load_quantized
     from hqq.models.checkpoint import save_quantized as save_quantized
     from hqq.models.quantize import quantize_model as quantize_model

@@ -30,6 +30,7 @@ REGISTRIES = {
     "__init__.py": "the lazy public names",
     "core/backend.py": "finds a backend by name; a backend needs the layer below it, not the other way round",
     "core/solvers/fused.py": "finds a device's solver kernels by name, as core/backend.py finds backends",
+    "core/solvers/feedback_round.py": "finds a device's kernel by name, as core/solvers/fused.py does",
     "core/hooks.py": "installs the repair of a library once that library has been imported by someone else",
     "core/watch.py": "installs the repair of a library once that library has been imported by someone else",
 }

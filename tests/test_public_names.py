@@ -56,6 +56,7 @@ STAR_NAMES = {
 PUBLIC = [
     "__version__",
     "BaseQuantizeConfig",
+    "Calibration",
     "HQQBackend",
     "HQQEmbedding",
     "HQQLinear",

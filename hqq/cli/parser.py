@@ -81,9 +81,31 @@ def _add_quantize(commands: _Commands[argparse.ArgumentParser]) -> argparse.Argu
     )
     how.add_argument("--embeddings", action="store_true", help="quantise embeddings too")
     how.add_argument("--lm-head", action="store_true", help="quantise the output layer too")
+    _add_calibration(command)
     _add_placement(command)
     _add_target(command, default="safetensors")
     return command
+
+
+def _add_calibration(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("calibration")
+    group.add_argument(
+        "--calibration",
+        metavar="SOURCE",
+        help="fit layers to the inputs they see: 'self' for text that the model writes, 'random' for random tokens, "
+        "or a file of text, UTF-8 (default: none, which needs no data)",
+    )
+    group.add_argument(
+        "--sequences", type=int, metavar="N", help="sequences to calibrate with (default: at least 40)"
+    )
+    group.add_argument(
+        "--length", type=int, metavar="N", help="tokens in a sequence (default: 512, or the model's context)"
+    )
+    group.add_argument(
+        "--work-folder",
+        metavar="DIR",
+        help="keeps finished blocks, so that an interrupted run goes on from there",
+    )
 
 
 def _add_inspect(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ from hqq.core.config import is_config_dict
 from hqq.core.devices import resolve_device
 from hqq.core.linear import HQQLinear
 from hqq.core.modules import is_leaf, linear_tag, name_modules, named_sites, replace_module
+from hqq.models.calibration import CalibrationLike
 from hqq.models.checkpoint import load_quantized, save_quantized
 from hqq.models.checkpoint.disk import Disk
 from hqq.models.checkpoint.layout import CONFIG, TORCH, locate
@@ -167,11 +168,13 @@ class BaseHQQModel(BasePatch):
         quant_config: Mapping[str, Any],
         compute_dtype: torch.dtype = float16,
         device: DeviceMap = None,
+        calibration: CalibrationLike = None,
     ) -> nn.Module:
         """Quantise `model` in place, freeze it and return it.
 
         quant_config: one nested configuration, or one per tag; see `hqq.quantize_model`. device: None means CUDA where
-        it is present, else the CPU. A model that is quantised already is returned with a warning.
+        it is present, else the CPU. calibration: see `hqq.quantize_model`. A model that is quantised already is
+        returned with a warning.
         """
         if getattr(model, "hqq_quantized", False):
             warnings.warn("the model is already quantised; it stays as it is", UserWarning, stacklevel=2)
@@ -180,7 +183,9 @@ class BaseHQQModel(BasePatch):
         if tags and is_config_dict(quant_config):
             quant_config = {tag: quant_config for tag in layer_tags(model) if tag in tags}
         target = resolve_device(None) if device is None else device
-        quantize_model(model, quant_config, compute_dtype=compute_dtype, device=target)
+        quantize_model(
+            model, quant_config, compute_dtype=compute_dtype, device=target, calibration=calibration
+        )
         cls.freeze_model(model)
         model.base_class = cls  # type: ignore[assignment]
         return model.eval()
