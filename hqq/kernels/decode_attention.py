@@ -20,7 +20,7 @@ from hqq.kernels.dequant_flow import start_next, wait_for_previous
 
 _BLOCK = 64
 _WARPS = 4
-_JOIN_WARPS = 4
+_JOIN_WARPS = 2
 _MOST_SPLITS = 32
 _LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -183,7 +183,7 @@ def test_joined_products_in_the_step(
     from hqq.models.generation.family import take_apart
     from hqq.models.generation.sampling import Sampling
 
-    model = build("qwen2", seed, device).to(dtype)
+    model = build("qwen2", seed, device, num_key_value_heads=2).to(dtype)
     quantize_model(model, QuantConfig(nbits=4, group_size=32, axis=axis), compute_dtype=dtype, progress=False)
     ids = torch.randint(0, 258, (3, 9), device=device)
     mask = torch.ones_like(ids)
@@ -196,7 +196,7 @@ def test_joined_products_in_the_step(
         decoder.start(ids, mask)
         decoder.token.fill_(7)
         if decoder._fused is not None:
-            assert all(layer.qkv.reason is None for layer in decoder._fused._layers)
+            assert [layer.qkv.reason for layer in decoder._fused._layers] == [None, None]
             return decoder._fused.logits(decoder.token)
         decoder.attention_mask.index_fill_(1, decoder.cache_position, 1)
         return decoder.model(
