@@ -57,6 +57,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions of float32 round to 19 bits on a GPU unless told otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def config(nbits: float = 4, group_size: int = 32, **settings: Any) -> HqqConfig:
     return HqqConfig(nbits=nbits, group_size=group_size, **settings)
 

@@ -22,7 +22,9 @@ PROMPTS = ["hello", "a longer prompt"]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # inductor's own
+    # Inductor's own, and its advice for models in float32.
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
 ]
 
 
