@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# torch deals an operation out to threads in parts of at least 32768 elements. With two such parts for each, calling an
-# operation costs little beside it, and a thread's share of a tile and its scratch space (4 parts of 256 KiB) stays in
-# its core's second-level cache.
+# With so many numbers in a thread's part of a tile, calling an operation costs little beside it, and the part with its
+# scratch space (4 x 256 KiB) stays in the core's second-level cache.
 _CPU_TILE_PER_THREAD = 1 << 16
-_MOST_THREADS = 16
+# torch deals operations on 32768 numbers or more out to threads. Where there are few, that gains less than it loses on
+# a busy machine: every operation, of some microseconds, would wait for the thread that has to wait for a core.
+_SERIAL_TILE = (1 << 15) - 1
+_FEW_THREADS, _MOST_THREADS = 3, 16
 _DEVICE_TILE = 1 << 26
 _LONGEST_COLUMN = 128
 # Sums of columns add in one order for whole vectors and in another for what is left over: leave nothing over.
@@ -97,11 +99,16 @@ def plan(groups: int, length: int, device: torch.device) -> Layout:
     if length > _LONGEST_COLUMN:
         rows = next((m for m in range(_LONGEST_COLUMN, 31, -1) if length % m == 0), _LONGEST_COLUMN // 2)
     split = -(-length // rows)
-    threads = min(torch.get_num_threads(), _MOST_THREADS)
-    tile = _CPU_TILE_PER_THREAD * threads if device.type == "cpu" else _DEVICE_TILE
+    tile = _cpu_tile(torch.get_num_threads()) if device.type == "cpu" else _DEVICE_TILE
     most = max(tile // rows // _COLUMN_STEP * _COLUMN_STEP // split, 1)
     # Equal tiles: one costs what it holds and what it could hold.
     tiles = -(-groups // most)
     layout = Layout(groups, length, rows, split, -(-groups // tiles))
     # Columns that are empty anyway may as well be groups: nothing has to be padded then.
     return replace(layout, width=max(layout.columns // split, layout.width))
+
+
+def _cpu_tile(threads: int) -> int:
+    if 1 < threads <= _FEW_THREADS:
+        return _SERIAL_TILE
+    return _CPU_TILE_PER_THREAD * min(threads, _MOST_THREADS)
