@@ -7,6 +7,7 @@ those of plain torch and exact fractions.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hqq.kernels.cuda import Kernel, unavailable_reason
-from hqq.kernels.cuda.source import read_source
+from hqq.kernels.cuda.source import FOLDER, read_source
 from tests.kernels.cuda_on_host.host_kernel import HERE, HostKernel, compiler
 from tests.kernels.cuda_on_host.memory import guarded
 
@@ -40,19 +41,21 @@ def run(request: pytest.FixtureRequest, seed: int) -> Launch:
         *numbers: int,
         block: int = 32,
         grid: int = 1,
+        cluster: int = 1,
         shared: int = 0,
         **defines: Any,
     ) -> list[Tensor]:
         signature = "P" * len(tensors) + "i" * len(numbers)
         shape = ((grid, 1, 1), (block, 1, 1))
+        how = {"shared": shared, "cluster": (cluster, 1, 1) if cluster > 1 else None}
         if on_host:
             with guarded(*tensors) as copies:
                 made = HostKernel(read_source(name, HERE), kernel, signature, defines, seed=seed)
-                made.launch(0, *shape, (*(t.data_ptr() for t in copies), *numbers), shared=shared)
+                made.launch(0, *shape, (*(t.data_ptr() for t in copies), *numbers), **how)
                 return [t.clone() for t in copies]
         copies = [t.cuda() for t in tensors]
         on_gpu = Kernel(read_source(name, HERE), kernel, signature, defines)
-        on_gpu.launch(0, *shape, (*(t.data_ptr() for t in copies), *numbers), shared=shared)
+        on_gpu.launch(0, *shape, (*(t.data_ptr() for t in copies), *numbers), **how)
         return [t.cpu() for t in copies]
 
     return launch
@@ -218,3 +221,34 @@ def test_bulk_copies(run: Launch, rng: torch.Generator, stages: int) -> None:
     defines = {"TYPE": "F16", "COLUMNS": 8, "STAGES": stages}
     out = run("instructions_sm90.cu", "pipeline", tensors, 11, block=160, shared=512 * stages, **defines)[0]
     assert torch.equal(out, 3 * values)
+
+
+def test_copies_to_a_cluster(run: Launch, rng: torch.Generator) -> None:
+    values = torch.randint(0, 1 << 30, (9, 64), generator=rng).to(torch.int32)
+    tensors = [poisoned(4, 9, 64, dtype=torch.int32), values]
+    shape = {"grid": 4, "block": 64, "cluster": 2, "shared": 256}
+    out = run("instructions_cluster.cu", "multicast", tensors, 9, **shape)[0]
+    assert torch.equal(out, values.expand(4, 9, 64))
+
+
+def test_blocks_that_wait_for_each_other(run: Launch, rng: torch.Generator) -> None:
+    values = torch.randint(-99, 99, (20, 128), generator=rng).float()
+    tensors = [poisoned(20, 128), torch.zeros(20, dtype=torch.int32), values]
+    out = run("instructions_cluster.cu", "chain", tensors, grid=20)[0]
+    assert torch.equal(out, values.cumsum(0))
+
+
+def test_stmatrix(run: Launch, rng: torch.Generator) -> None:
+    elements = torch.randint(0, 1 << 15, (4, 8, 8), generator=rng).to(torch.int16)
+    fragments = elements.view(torch.int32)  # lane 4 i + j holds elements 2 j and 2 j + 1 of row i
+    tensors = [poisoned(4, 8, 8, dtype=torch.int16), fragments]
+    out = run("instructions_cluster.cu", "store_matrices", tensors)[0]
+    assert torch.equal(out, elements.transpose(1, 2))
+
+
+def test_every_instruction_has_a_version_for_the_host() -> None:
+    name = re.compile(r"^HQQ_INLINE [\w ]+?(\w+)\(", re.MULTILINE)
+    wanted = {n for file in FOLDER.glob("ptx*.cuh") for n in name.findall(file.read_text())}
+    on_host = {n for file in HERE.glob("*.h") for n in re.findall(r"\b\w+\b", file.read_text())}
+    assert {"ldg128", "pack2", "wgmma", "cluster_sync"} <= wanted
+    assert wanted <= on_host
