@@ -201,7 +201,7 @@ def resident() -> Iterator[Row]:
         yield row
 
 
-def stream(count: int = 2) -> Iterator[Row]:
+def stream(count: int = 4) -> Iterator[Row]:
     """Yield the seconds for blocks of a 70B model that come from host memory, beside those of the copy alone."""
     drawn = [random_weight(shape) for shape in LLAMA_70B.values()] * count
     for pinned in (True, False):

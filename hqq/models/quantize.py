@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from hqq.models.progress import progress_bar
 from hqq.models.quantization_config import attach_config, describe_model
 from hqq.models.report import LayerRow, QuantizationReport, stored_bytes
 from hqq.models.streaming import WeightStream, is_streamed, on_device
+
+# Weights that may be copied ahead: a block's small layers.
+_LOOK_AHEAD = 4
 
 
 @torch.no_grad()
@@ -151,17 +155,21 @@ def _quantize_jobs(
         WeightStream() as stream,
         LateChecks() as checks,
     ):
-        stream.prepare(_weight(jobs[0]), placement.device_of(jobs[0].name))
+        _look_ahead(stream, jobs, placement)
         while jobs:
             job = jobs.popleft()
             # Of a weight that is copied there must not be too many at once, so the host keeps in step with the GPU.
             resident = not is_streamed(_weight(job), placement.device_of(job.name))
             with checks.of(job.name, resident), ErrorsName(job.name), on_device(stream, _weight(job)):
-                if jobs:
-                    stream.prepare(_weight(jobs[0]), placement.device_of(jobs[0].name))
+                _look_ahead(stream, jobs, placement)
                 rows += _quantize_job(model, job, placement.device_of(job.name), compute_dtype, errors)
             bar.update()
     return rows
+
+
+def _look_ahead(stream: WeightStream, jobs: deque[Job], placement: Placement) -> None:
+    for job in islice(jobs, _LOOK_AHEAD):
+        stream.prepare(_weight(job), placement.device_of(job.name))
 
 
 def _weight(job: Job) -> Tensor:

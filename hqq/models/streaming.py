@@ -1,8 +1,9 @@
-"""Weights on their way to the GPU: the next layer's is copied while this one's is solved."""
+"""Weights on their way to the GPU: the next layers' are copied while this one's is solved."""
 
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from torch import Tensor
 # Pageable memory goes through pinned buffers: while one is filled, the GPU reads the others.
 _STAGED_BYTES = 16 << 20
 _STAGES = 3
+# So much may be ahead: the small layers of a block of the largest dense models, which take longer to solve than to
+# copy, while their large ones take longer to copy.
+_AHEAD_BYTES = 256 << 20
 
 
 def is_streamed(weight: Tensor, device: torch.device | None) -> bool:
@@ -52,18 +56,19 @@ class _Copy:
 
 
 class WeightStream:
-    """Copies weights from the CPU to CUDA devices, one ahead of the caller, on a stream and a thread of its own.
+    """Copies weights from the CPU to CUDA devices, ahead of the caller, on a stream and a thread of its own.
 
-    Call `prepare` with the weight that comes next and `take` when it is its turn. Besides what the caller holds there
-    is never more than one weight on a device, and 48 MiB of pinned memory. For weights that are where they should be,
-    and for devices other than CUDA, both do nothing. A context manager: leaving it drops what was not taken.
+    Call `prepare` with the weights that come next and `take` when it is a weight's turn. Besides what the caller holds
+    there is never more than one weight on a device, or 256 MiB of them, and 48 MiB of pinned memory. For weights that
+    are where they should be, and for devices other than CUDA, both do nothing. A context manager: leaving it drops what
+    was not taken.
     """
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._stages: list[tuple[Tensor, torch.cuda.Event | None]] = []
-        self._pending: tuple[Tensor, Future[_Copy]] | None = None
+        self._pending: deque[tuple[Tensor, Future[_Copy]]] = deque()
 
     def __enter__(self) -> WeightStream:
         return self
@@ -77,13 +82,18 @@ class WeightStream:
         self._stages.clear()
 
     def prepare(self, weight: Tensor, device: torch.device | None) -> None:
-        """Start to copy `weight` to `device`; returns at once. What was prepared before and not taken is dropped."""
-        self._drop()
-        if device is None or not is_streamed(weight, device):
+        """Start to copy `weight` to `device`, unless that is under way or enough is; returns at once.
+
+        Weights are taken in the order in which they were prepared, and those that were left out may be tried again.
+        """
+        if device is None or not is_streamed(weight, device) or any(w is weight for w, _ in self._pending):
+            return
+        ahead = sum(other.nbytes for other, _ in self._pending)
+        if self._pending and ahead + weight.nbytes > _AHEAD_BYTES:
             return
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="hqq-weights")
-        self._pending = (weight, self._thread.submit(self._copy, weight.detach(), device))
+        self._pending.append((weight, self._thread.submit(self._copy, weight.detach(), device)))
 
     def take(self, weight: Tensor) -> Tensor:
         """Return the copy of `weight`, if it was prepared, else `weight` itself.
@@ -91,10 +101,9 @@ class WeightStream:
         The caller's current stream waits for the copy, the caller does not. Where a device has no room for two weights
         at once there is no copy either.
         """
-        if self._pending is None or self._pending[0] is not weight:
+        if not self._pending or self._pending[0][0] is not weight:
             return weight
-        future = self._pending[1]
-        self._pending = None
+        _, future = self._pending.popleft()
         try:
             copy = future.result()
         except torch.cuda.OutOfMemoryError:
@@ -105,9 +114,8 @@ class WeightStream:
         return copy.tensor
 
     def _drop(self) -> None:
-        if self._pending is not None:
-            self._pending[1].cancel()
-            self._pending = None
+        while self._pending:
+            self._pending.pop()[1].cancel()
 
     def _copy(self, weight: Tensor, device: torch.device) -> _Copy:
         if device not in self._streams:
