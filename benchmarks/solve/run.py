@@ -38,7 +38,7 @@ _FAILED = (RuntimeError, triton.TritonError)
 _STORAGE = torch.bfloat16
 _CHOICES = [
     *(("als", SolveConfig(*choice)) for choice in ((4, 64), (1, 64))),
-    *(("hqq", SolveConfig(*choice)) for choice in ((4, 64), (2, 64), (1, 64), (4, 32))),
+    *(("hqq", SolveConfig(*choice)) for choice in ((4, 64), (1, 64), (4, 32))),
 ]
 
 
@@ -59,7 +59,7 @@ def lattices(W: Tensor, spec: QSpec, solver: str, config: SolveConfig) -> solve_
 def blocks(shape: tuple[int, int] = _LARGE) -> Iterator[Row]:
     """Yield the time of each choice of block sizes that is worth a thought, on one large layer."""
     inputs = [random_weight(shape) for _ in range(buffer_sets(2 * shape[0] * shape[1]))]
-    settings = [(bits, 64) for bits in (4, 8, 2, 1)] + [(4, 128)]
+    settings = [(4, 64), (8, 64), (1, 64)]
     for (bits, group_size), axis in itertools.product(settings, (1, 0)):
         spec = spec_for(bits, shape, group_size, axis)
         for solver, config in _CHOICES:
