@@ -269,6 +269,8 @@ class TestLoad:
     def test_written_by_the_library(self, name: str, quant_zero: bool, folders: Any, tmp_path: Path) -> None:
         if (quant_zero or name in NEED_REPAIR) and not REPAIRED:
             pytest.skip("transformers 4.56 is as it was")
+        if name == "mamba" and not FUSED:
+            pytest.skip("transformers 4 has other parameters of Mamba in float32 with a quantiser than without")
         from hqq.models.checkpoint import save_quantized
         from hqq.models.quantize import quantize_model
 
