@@ -42,7 +42,7 @@ struct Copy {
     uint32_t bytes, filled;  // zeros after `bytes`
 };
 
-struct Product;  // a matrix product under way; in sm90_on_host.h
+struct Product;  // a matrix product under way; in wgmma_on_host.h
 
 struct Fiber {
     uint3 index;

@@ -1,8 +1,8 @@
 // Running a grid: which block, warp and lane goes next, and what happens when nobody can.
 #pragma once
 
-#include "ptx_on_host.h"
-#include "sm90_on_host.h"
+#include "copies_on_host.h"
+#include "wgmma_on_host.h"
 
 #include <algorithm>
 #include <numeric>
