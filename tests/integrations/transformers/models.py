@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,11 +195,12 @@ def _inputs(model: Any) -> dict[str, torch.Tensor]:
     if kind == "qwen2_vl":
         images = torch.tensor([125, *[127] * 4, 124]).repeat(2, 1)
         types = torch.cat([images == 127, torch.zeros_like(ids)], 1).int()
+        taken = inspect.signature(model.forward).parameters
         return {
             "input_ids": torch.cat([images, ids], 1),
             "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
             "pixel_values": torch.randn(32, 3 * 2 * 4 * 4, dtype=model.dtype),
-            **({"mm_token_type_ids": types} if VERSION >= (5, 0) else {}),
+            **({"mm_token_type_ids": types} if "mm_token_type_ids" in taken else {}),
         }
     if kind in ("llava", "gemma3"):
         pixels = torch.randn(2, 3, 16, 16, dtype=model.dtype)
