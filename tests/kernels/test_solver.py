@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -158,6 +159,20 @@ def test_all_layouts(number: int, axis: int, solver: str, rng: torch.Generator, 
     assert_agrees(q, reference(W, spec, solver), W, spec, solver)
 
 
+@pytest.mark.parametrize("axis", [1, 0])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.why)
+def test_min_max_of_all_layouts(
+    layout: Layout, axis: int, rng: torch.Generator, device: torch.device
+) -> None:
+    W = weights(layout.shape, rng)
+    spec = spec_for(3, layout.shape, layout.group_size, axis)
+    q, found = run(W, spec, "minmax", device), reference(W, spec, "minmax")
+    fmt = spec.format
+    assert fmt is not None
+    assert torch.equal(q.W_q, pack(found.codes, fmt))
+    assert torch.equal(q.scale, found.scale) and torch.equal(q.zero, found.zero)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("axis", [1, 0])
 @pytest.mark.parametrize(
@@ -307,7 +322,7 @@ def test_block_sizes_do_not_matter_nor_does_repetition(
         assert_agrees(run(W, spec, solver, device, config=config), found, W, spec, solver)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [*SOLVERS, "minmax"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_raise_a_flag(
     value: float, solver: str, rng: torch.Generator, device: torch.device
@@ -363,7 +378,7 @@ def test_quantizer_takes_the_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     W = weights((8, 64), rng).to(device)
-    options = {"nbits": 4, "group_size": 64, "axis": 1, "compute_dtype": torch.bfloat16}
+    options: dict[str, Any] = {"nbits": 4, "group_size": 64, "axis": 1, "compute_dtype": torch.bfloat16}
     options |= {"optimize": False} if solver == "minmax" else {"solver": solver}
     W_q, meta = Quantizer.quantize(W, **options)
     assert poisoned
