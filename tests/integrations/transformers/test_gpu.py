@@ -193,6 +193,22 @@ def test_moved_and_cast(source: str, folders: Any) -> None:
     assert_near(found, logits(make_dense(model), given), torch.bfloat16)
 
 
+def test_blocks_on_the_cpu(folders: Any, tmp_path: Path) -> None:
+    """A device_map that leaves a block on the CPU: its codes are brought to the GPU for each call."""
+    device_map = {
+        "model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": "cpu",
+        "model.norm": 0, "lm_head": 0,
+    }  # fmt: skip
+    on_gpu(folders("qwen2"), quantization_config=config()).save_pretrained(tmp_path)
+    model, whole = open_model(tmp_path, device_map=device_map), on_gpu(tmp_path)
+    given = inputs(whole)
+    assert torch.equal(logits(model, given), logits(whole, given))
+    fresh = open_model(folders("qwen2"), device_map=device_map, quantization_config=config(8))
+    dense = on_gpu(folders("qwen2"))
+    difference = (logits(fresh, given) - logits(dense, given)).float()
+    assert difference.norm() < 0.1 * logits(dense, given).float().norm()
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("nbits", [8, 4, 3, 2, 1])
 def test_quantised_cache(nbits: int, axis: int, folders: Any) -> None:

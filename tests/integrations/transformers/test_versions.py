@@ -270,7 +270,9 @@ class TestLoad:
         if (quant_zero or name in NEED_REPAIR) and not REPAIRED:
             pytest.skip("transformers 4.56 is as it was")
         if name == "mamba" and not FUSED:
-            pytest.skip("transformers 4 has other parameters of Mamba in float32 with a quantiser than without")
+            pytest.skip(
+                "transformers 4 has other parameters of Mamba in float32 with a quantiser than without"
+            )
         from hqq.models.checkpoint import save_quantized
         from hqq.models.quantize import quantize_model
 
