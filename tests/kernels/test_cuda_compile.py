@@ -39,7 +39,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return " ".join(options).encode()
 
     monkeypatch.setattr(nvrtc, "_compile", compiler)
-    monkeypatch.setattr(nvrtc, "_version", lambda: (13, 0))
+    monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: (13, 0))
     return calls
 
 
@@ -79,7 +79,7 @@ def test_everything_that_matters_is_compiled_again(
         (folder / "two.cuh").write_text("__device__ int two() { return 4; }\n")
         read_source.cache_clear()
     else:
-        monkeypatch.setattr(nvrtc, "_version", lambda: (13, 1))
+        monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: (13, 1))
     nvrtc.cubin(read_source("set.cu", folder), (("VALUE", value),), arch)
     assert len(compiled) == 2
 
@@ -124,7 +124,7 @@ def test_device_without_an_architecture(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], why: str
 ) -> None:
     monkeypatch.setattr(nvrtc, "_architectures", lambda: (75, 80, 90))
-    monkeypatch.setattr(nvrtc, "_version", lambda: (13, 0))
+    monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: (13, 0))
     with pytest.raises(KernelError, match=why):
         nvrtc.arch_of(capability)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hqq.errors import KernelError
-from hqq.kernels.cuda import Kernel, prepare_all, unavailable_reason
+from hqq.kernels.cuda import Kernel, module, prepare_all, unavailable_reason
 from hqq.kernels.cuda.source import FOLDER, Source
 
 pytestmark = [
@@ -196,3 +196,17 @@ def test_other_device_than_the_current_one(rng: torch.Generator) -> None:
         x = random(rng, 1 << 20, device)
         assert torch.equal(scale(made, x, 1, 2.0), 2 * x + 42)
     assert torch.cuda.current_device() == 0
+
+
+def test_driver_older_than_the_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "nvrtc_version", lambda: (99, 0))
+    module._driver_reason.cache_clear()
+    try:
+        assert "makes code for later ones" in str(unavailable_reason())
+    finally:
+        module._driver_reason.cache_clear()
+
+
+def test_tensor_elsewhere_is_a_reason() -> None:
+    assert unavailable_reason(torch.device("cuda", 0)) is None
+    assert "take CUDA tensors" in str(unavailable_reason(torch.device("cpu")))

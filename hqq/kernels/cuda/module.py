@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hqq.errors import KernelError
-from hqq.kernels.cuda.nvrtc import arch_of, compiler_missing_reason, cubin
+from hqq.kernels.cuda.nvrtc import arch_of, compiler_missing_reason, cubin, nvrtc_version
 from hqq.kernels.cuda.source import Defines, Source
 
 if TYPE_CHECKING:
@@ -45,11 +45,29 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
     missing = compiler_missing_reason()
     if missing is not None:
         return missing
+    too_old = _driver_reason()
+    if too_old is not None:
+        return too_old
     try:
         device_arch(torch.cuda.current_device() if device is None or device.index is None else device.index)
     except KernelError as error:
         return str(error)
     return None
+
+
+@cache
+def _driver_reason() -> str | None:
+    # Machine code loads into every driver of the compiler's own major version, and into later ones.
+    from cuda.bindings import driver
+
+    version = int(checked(driver.cuDriverGetVersion(), "asking for the driver's version"))
+    compiler = nvrtc_version()
+    if version // 1000 >= compiler[0]:
+        return None
+    return (
+        f"the driver is for CUDA {version // 1000}.{version % 1000 // 10}, and NVRTC {compiler[0]}.{compiler[1]} makes "
+        f"code for later ones; install the nvidia-cuda-nvrtc and cuda-bindings of CUDA {version // 1000}"
+    )
 
 
 @cache

@@ -26,7 +26,7 @@ def compiler_missing_reason() -> str | None:
     if not found:
         return f"cuda-bindings is not installed ({_HOW_TO_GET})"
     try:
-        _version()
+        nvrtc_version()
     except (ImportError, RuntimeError) as error:
         return f"the NVRTC library cannot be used ({error}); {_HOW_TO_GET}"
     return None
@@ -45,7 +45,7 @@ def arch_of(capability: tuple[int, int]) -> str:
     known = [arch for arch in _architectures() if arch // 10 == major and arch % 10 <= minor]
     if not known:
         raise KernelError(
-            f"got a device of compute capability {major}.{minor}, which NVRTC {'.'.join(map(str, _version()))} "
+            f"got a device of compute capability {major}.{minor}, which NVRTC {'.'.join(map(str, nvrtc_version()))} "
             f"does not compile for; install a newer nvidia-cuda-nvrtc"
         )
     # The instructions of exactly 9.0 (wgmma) are behind a name of their own.
@@ -58,7 +58,7 @@ def cubin(source: Source, defines: Defines, arch: str) -> bytes:
     Raises KernelError with the compiler's log if the source does not compile.
     """
     options = _options(defines, arch)
-    key = source.digest(*options, "nvrtc", *map(str, _version()))
+    key = source.digest(*options, "nvrtc", *map(str, nvrtc_version()))
     name = f"{source.name.removesuffix('.cu')}-{arch}-{key[:32]}"
     kept = cubin_cache.read(name)
     if kept is None:
@@ -112,7 +112,8 @@ def _check(error: nvrtc.nvrtcResult, doing: str) -> None:
 
 
 @cache
-def _version() -> tuple[int, int]:
+def nvrtc_version() -> tuple[int, int]:
+    """Return the compiler's major and minor version."""
     from cuda.bindings import nvrtc
 
     error, major, minor = nvrtc.nvrtcVersion()
