@@ -48,6 +48,7 @@ def compile_all() -> None:
                 case.axis,
                 0 if whole else case.group_size or 0,
                 keep,
+                case.K % 8 != 0,
             )
         )
     with ThreadPoolExecutor(16) as pool:

@@ -35,7 +35,9 @@ def tile_dequantize(
     device = codes.device.index
     tiles, chunks = codes.shape[0], codes.shape[1]
     group = 0 if axis == 1 and meta.shape[1] == 1 else group_size
-    kernel = _kernel(_TYPES[meta.dtype], bits, axis, group, 2 * out.nbytes <= _cache_bytes(device))
+    kernel = _kernel(
+        _TYPES[meta.dtype], bits, axis, group, 2 * out.nbytes <= _cache_bytes(device), K % 8 != 0
+    )
     runs = -(-chunks * chunk_blocks(bits) // _RUN_BLOCKS)
     kernel.launch(
         device,
@@ -52,7 +54,7 @@ def _cache_bytes(device: int) -> int:
 
 
 @cache
-def _kernel(dtype: str, bits: int, axis: int, group: int, keep: bool) -> Kernel:
+def _kernel(dtype: str, bits: int, axis: int, group: int, keep: bool, ragged: bool) -> Kernel:
     defines = {
         "HQQ_T": dtype,
         "HQQ_BITS": bits,
@@ -60,5 +62,6 @@ def _kernel(dtype: str, bits: int, axis: int, group: int, keep: bool) -> Kernel:
         "HQQ_GROUP": group,
         "HQQ_RUN": _RUN_BLOCKS,
         "HQQ_KEEP": keep,
+        "HQQ_RAGGED": ragged,
     }
     return Kernel("tile_dequant.cu", "tile_dequantize", "PPPPiiii", defines)

@@ -65,9 +65,8 @@ def tiled_gemm(
         config = choose(M, N, K, bits, _multiprocessors(device))
     config = _fitted(config, bits, axis, group)
     product, arrange = _kernels(_TYPES[meta.dtype], bits, axis, group, config)
-    tiles, chunks = codes.shape[0], codes.shape[1]
-    blocks = chunks * chunk_blocks(bits)
-    plan = _plan(M, tiles, chunks, blocks, config, _multiprocessors(device))
+    tiles, blocks = codes.shape[0], codes.shape[1] * chunk_blocks(bits)
+    plan = _plan(M, tiles, blocks, config, _multiprocessors(device))
     workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=x.device)
     arranged = workspace.data_ptr()
     flags, partial = arranged + plan.flags_at, arranged + plan.partial_at
@@ -78,6 +77,7 @@ def tiled_gemm(
         (-(-pieces // 256), 1, 1),
         (256, 1, 1),
         (x.data_ptr(), arranged, flags, M, K, blocks, flag_count),
+        pdl=True,
     )
     product.launch(
         device,
@@ -95,7 +95,7 @@ def tiled_gemm(
             M,
             N,
             tiles,
-            chunks,
+            blocks,
             meta.shape[1],
         ),
         shared=config.shared_bytes(bits, axis, group),
@@ -108,10 +108,12 @@ _fitted = cache(fitted)
 
 
 @cache
-def _plan(M: int, tiles: int, chunks: int, blocks: int, config: GemmConfig, multiprocessors: int) -> GemmPlan:
+def _plan(M: int, tiles: int, blocks: int, config: GemmConfig, multiprocessors: int) -> GemmPlan:
     token_blocks = -(-M // config.tokens)
     output_tiles = -(-tiles // (_WARPS * config.blocks * config.cluster)) * token_blocks
-    workers = min(multiprocessors * config.resident // config.cluster, output_tiles * chunks)
+    workers = min(
+        multiprocessors * config.resident // config.cluster, output_tiles * -(-blocks // config.span)
+    )
     arranged = token_blocks * config.tokens * blocks * BLOCK_INPUTS * 2
     flags_at = _aligned(arranged)
     partial_at = flags_at + _aligned(4 * workers * config.cluster)

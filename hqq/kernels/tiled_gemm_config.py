@@ -18,20 +18,20 @@ class GemmConfig:
     Attributes:
         tokens: columns of a tile, a multiple of 16 for which there is a matrix instruction.
         blocks: tiles of 16 output features of a warp; 8 warps share the tokens.
+        span: blocks of 64 inputs that codes are copied in at a time; whole chunks.
+        depth: such spans in shared memory.
         stages: blocks of 64 inputs of x in shared memory.
-        depth: chunks of codes under way, for each warp.
-        cluster: blocks that share their copies of x.
-        resident: blocks on a multiprocessor at a time, 1 or 2.
-        steps: matrix instructions between two waits, 2 or 4.
+        cluster: thread blocks that share their copies of x.
+        resident: thread blocks on a multiprocessor at a time, 1 or 2.
     """
 
     tokens: int
     blocks: int = 1
+    span: int = 4
+    depth: int = 3
     stages: int = 4
-    depth: int = 6
     cluster: int = 1
     resident: int = 1
-    steps: int = 4
 
     def defines(self, dtype: str, bits: int, axis: int, group: int) -> dict[str, object]:
         """Return what the compiler is told; `group` 0 stands for a whole row."""
@@ -42,24 +42,22 @@ class GemmConfig:
             "HQQ_GROUP": group,
             "HQQ_TOKENS": self.tokens,
             "HQQ_BLOCKS": self.blocks,
-            "HQQ_STAGES": self.stages,
+            "HQQ_SPAN": self.span,
             "HQQ_DEPTH": self.depth,
+            "HQQ_STAGES": self.stages,
             "HQQ_CLUSTER": self.cluster,
             "HQQ_RESIDENT": self.resident,
-            "HQQ_STEPS": self.steps,
         }
 
     def shared_bytes(self, bits: int, axis: int, group: int) -> int:
         """Return the dynamic shared memory of a block, as cuda/gemm.cu lays it out."""
-        blocks = chunk_blocks(bits)
-        loads = max(1, blocks * bits // 4)
         if axis == 0:
             of_block, exchange = 4 * BLOCK_INPUTS, min(self.tokens, 32) * 16 * _WARPS * 2
         else:
             of_block, exchange = 64 * (1 if group == 0 or group >= 64 else 64 // group), _WARPS * 512
-        slot = 512 * loads + blocks * of_block
+        tile = self.span * (128 * bits + of_block)
         x = self.stages * self.tokens * BLOCK_INPUTS * 2
-        return x + _WARPS * self.depth * self.blocks * slot + exchange + 16 * self.stages
+        return x + self.depth * self.blocks * _WARPS * tile + exchange + 16 * (self.stages + self.depth)
 
     def fits(self, bits: int, axis: int, group: int) -> bool:
         """Return whether a multiprocessor has the shared memory for `resident` blocks."""
@@ -73,17 +71,17 @@ def choose(M: int, N: int, K: int, bits: int, multiprocessors: int) -> GemmConfi
         return GemmConfig(16 if M <= 16 else 32 if M <= 32 else 64, resident=2)
     if M <= 128:
         return GemmConfig(128, blocks=2)
-    return GemmConfig(256, cluster=2)
+    return GemmConfig(256, span=2)
 
 
 def fitted(config: GemmConfig, bits: int, axis: int, group: int) -> GemmConfig:
-    """Return `config` with as many codes under way as there is shared memory for.
-
-    depth counts blocks of 64 inputs here, whatever a chunk holds; then stages give way.
-    """
-    config = replace(config, depth=max(2, -(-config.depth // chunk_blocks(bits)) + (chunk_blocks(bits) > 1)))
+    """Return `config` with whole chunks for spans and, where shared memory does not suffice, less of everything."""
+    if config.span % chunk_blocks(bits):
+        config = replace(config, span=chunk_blocks(bits), depth=max(2, config.depth // 2))
     while not config.fits(bits, axis, group):
-        if config.depth > 2:
+        if config.span > chunk_blocks(bits):
+            config = replace(config, span=config.span // 2)
+        elif config.depth > 2:
             config = replace(config, depth=config.depth - 1)
         elif config.stages > 2:
             config = replace(config, stages=config.stages - 1)

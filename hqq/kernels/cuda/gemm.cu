@@ -2,15 +2,15 @@
 //
 // Weights are the tall operand, dequantised in registers; tokens are the columns and come through shared memory. A block
 // has 8 warps that multiply, in two warpgroups, each warp with BLOCKS tiles of 16 output features and TOKENS tokens, and
-// one thread that copies x (in a warpgroup of its own, which gives its registers away). Codes and scales go from memory into a ring of each warp, DEPTH chunks deep, by copies of its own
-// lanes; x into a ring of STAGES blocks of 64 inputs, by bulk copies that CLUSTER blocks share.
+// two that copy, in a warpgroup that gives its registers away: one copies codes and scales of SPAN blocks of 64 inputs at
+// a time into a ring of DEPTH such spans, the other x into a ring of STAGES blocks of 64 inputs, which CLUSTER blocks share.
 //
-// All (output tile, chunk of inputs) pairs are one sequence, cut into as many equal pieces as there are workers (a
-// worker: a cluster). Whoever has a tile's first chunk writes its output; those that continue it leave sums in
+// All (output tile, span of inputs) pairs are one sequence, cut into as many equal pieces as there are workers (a
+// worker: a cluster). Whoever has a tile's first span writes its output; those that continue it leave sums in
 // `partial` before they do anything else, and raise a flag. Sums are added in the order of inputs: results repeat.
 //
-// Set by the host, with HQQ_ in front: T (F16, BF16), BITS, AXIS, GROUP (0: the whole row), TOKENS, BLOCKS, STAGES, DEPTH,
-// CLUSTER, RESIDENT (blocks on a multiprocessor), STEPS (matrix instructions of 16 inputs at a time).
+// Set by the host, with HQQ_ in front: T (F16, BF16), BITS, AXIS, GROUP (0: the whole row), TOKENS, BLOCKS, SPAN (a
+// multiple of the blocks of a chunk), DEPTH, STAGES, CLUSTER, RESIDENT (blocks on a multiprocessor).
 #include "fragments.cuh"
 #include "ptx_cluster.cuh"
 
@@ -18,11 +18,11 @@ namespace {
 
 using T = HQQ_T;
 constexpr int BITS = HQQ_BITS, AXIS = HQQ_AXIS, GROUP = HQQ_GROUP;
-constexpr int TOKENS = HQQ_TOKENS, BLOCKS = HQQ_BLOCKS, STAGES = HQQ_STAGES, DEPTH = HQQ_DEPTH;
-constexpr int CLUSTER = HQQ_CLUSTER, RESIDENT = HQQ_RESIDENT, STEPS = HQQ_STEPS;
+constexpr int TOKENS = HQQ_TOKENS, BLOCKS = HQQ_BLOCKS, STAGES = HQQ_STAGES, DEPTH = HQQ_DEPTH, SPAN = HQQ_SPAN;
+constexpr int CLUSTER = HQQ_CLUSTER, RESIDENT = HQQ_RESIDENT;
 constexpr int WARPS = 8, MULTIPLIERS = 32 * WARPS, THREADS = MULTIPLIERS + 128;
 // Registers of a thread that copies and of one that multiplies; together what the block is given at its start.
-constexpr int FEW = 24, MANY = RESIDENT == 1 ? 240 : 104;
+constexpr int FEW = 32, MANY = RESIDENT == 1 ? 232 : 104;
 constexpr int BLOCK_INPUTS = 64, TILE_ROWS = 16, STEPS_OF_BLOCK = 4;
 constexpr int STAGE_BYTES = TOKENS * BLOCK_INPUTS * 2;
 constexpr int BLOCK_TILES = WARPS * BLOCKS;
@@ -30,26 +30,20 @@ constexpr int SUMS = TOKENS / 2;  // of a thread, for each of its BLOCKS tiles
 
 using P = Packing<BITS>;
 using S = Scales<T, AXIS, GROUP>;
-constexpr int CHUNK_BLOCKS = P::CHUNK_BLOCKS;
-constexpr int META_BYTES = CHUNK_BLOCKS * S::BLOCK_BYTES;
-constexpr int SLOT_BYTES = P::CHUNK_BYTES + META_BYTES;
-constexpr int RING_BYTES = WARPS * DEPTH * BLOCKS * SLOT_BYTES;
+constexpr int CODE_BYTES = SPAN / P::CHUNK_BLOCKS * P::CHUNK_BYTES, META_BYTES = SPAN * S::BLOCK_BYTES;
+constexpr int TILE_BYTES = CODE_BYTES + META_BYTES, SPAN_BYTES = BLOCK_TILES * TILE_BYTES;
+static_assert(SPAN % P::CHUNK_BLOCKS == 0, "a span is whole chunks");
 constexpr int EXCHANGE_TOKENS = TOKENS < 32 ? TOKENS : 32;
 constexpr int EXCHANGE_BYTES = AXIS == 0 ? EXCHANGE_TOKENS * TILE_ROWS * WARPS * 2 : WARPS * 512;
-constexpr int RING_AT = STAGES * STAGE_BYTES, EXCHANGE_AT = RING_AT + RING_BYTES;
+constexpr int CODES_AT = STAGES * STAGE_BYTES, EXCHANGE_AT = CODES_AT + DEPTH * SPAN_BYTES;
 constexpr int BARRIERS_AT = EXCHANGE_AT + EXCHANGE_BYTES;
 
 struct Weight {
     const unsigned char *codes, *meta;
-    const int* rows;
-    int tiles, chunks, groups;  // row tiles; chunks of inputs; groups of a row (axis 1)
+    int tiles, blocks, groups;  // row tiles; blocks of 64 inputs; groups of a row (axis 1)
 };
 
-// The place of a worker in the sequence of (tile, chunk).
-struct Cursor {
-    int tile, chunk;
-};
-
+// What one worker does of the sequence of (output tile, span).
 struct Share {
     int first, last;
 
@@ -57,6 +51,29 @@ struct Share {
         first = static_cast<int>(static_cast<int64_t>(units) * worker / workers);
         last = static_cast<int>(static_cast<int64_t>(units) * (worker + 1) / workers);
     }
+};
+
+struct Work {
+    Share share;
+    int units, workers, worker, rank, token_blocks, spans;  // spans: of one output tile
+
+    // Place of the first row tile of output tile `tile`.
+    HQQ_INLINE int order(int tile) const { return (tile / token_blocks * CLUSTER + rank) * BLOCK_TILES; }
+};
+
+// A ring of shared memory with two barriers for each slot.
+template <int SLOTS>
+struct Ring {
+    uint32_t full, empty;  // barriers of slot 0
+    int slot, parity;
+
+    HQQ_INLINE Ring(uint32_t barriers) : full(barriers), empty(barriers + 8 * SLOTS), slot(0), parity(0) {}
+
+    HQQ_INLINE void next() {
+        if (++slot == SLOTS) slot = 0, parity ^= 1;
+    }
+    HQQ_INLINE void wait_full() const { mbarrier_wait(full + 8 * slot, parity); }
+    HQQ_INLINE void wait_empty() const { mbarrier_wait(empty + 8 * slot, parity ^ 1); }
 };
 
 // The row tile that comes `order`-th. Along axis 0, neighbours have neighbouring output features: row i of tiles r and
@@ -69,51 +86,6 @@ HQQ_INLINE int row_tile(int order, int tiles) {
     }
     return order;
 }
-
-// ---- codes and scales: this warp's ring ---------------------------------------------------------------------------
-struct Ring {
-    const Weight& w;
-    unsigned char* slots;
-    uint32_t address;
-    int lane, first_order, chunk;
-    int tile[BLOCKS];
-
-    HQQ_INLINE Ring(const Weight& weight, unsigned char* mine, int l)
-        : w(weight), slots(mine), address(smem_u32(mine)), lane(l) {}
-
-    HQQ_INLINE void seek(int order, int c) {
-        first_order = order, chunk = c;
-#pragma unroll
-        for (int b = 0; b < BLOCKS; ++b) tile[b] = row_tile(order + WARPS * b, w.tiles);
-    }
-
-    HQQ_INLINE void fetch(int slot) {
-#pragma unroll
-        for (int b = 0; b < BLOCKS; ++b) {
-            const uint32_t to = address + (slot * BLOCKS + b) * SLOT_BYTES;
-            const unsigned char* codes = w.codes + (static_cast<int64_t>(tile[b]) * w.chunks + chunk) * P::CHUNK_BYTES;
-#pragma unroll
-            for (int i = 0; i < P::LOADS; ++i) cp_async16(to + 512 * i + 16 * lane, codes + 512 * i + 16 * lane);
-            fetch_scales(to + P::CHUNK_BYTES, tile[b]);
-        }
-    }
-
-    HQQ_INLINE void fetch_scales(uint32_t to, int t) {
-        constexpr int PIECES = META_BYTES / 16, OF_BLOCK = S::BLOCK_BYTES / 16;
-        const unsigned char* from = w.meta;
-        if constexpr (AXIS == 0)
-            from += static_cast<int64_t>(t / MEMBERS<GROUP>) * w.chunks * META_BYTES;
-        else
-            from += static_cast<int64_t>(t) * w.groups * 64;
-#pragma unroll
-        for (int i = 0; i < (PIECES + 31) / 32; ++i) {
-            const int piece = 32 * i + lane;
-            if (PIECES % 32 == 0 || piece < PIECES)
-                cp_async16(to + 16 * piece,
-                           from + S::offset(chunk * CHUNK_BLOCKS + piece / OF_BLOCK) + 16 * (piece % OF_BLOCK));
-        }
-    }
-};
 
 // ---- results ------------------------------------------------------------------------------------------------------
 struct Output {
@@ -282,171 +254,197 @@ HQQ_INLINE void collect(float (&sum)[BLOCKS][SUMS], float* partial, const int* f
 }
 
 // ---- products -----------------------------------------------------------------------------------------------------
-// STEPS instructions from FIRST on of one block of one tile.
-template <int FIRST, int STEP = 0>
-HQQ_INLINE void dequantise(uint32_t (&a)[STEPS][4], const uint32_t (&word)[BITS], const S& scales) {
-    if constexpr (STEP < STEPS) {
-        weights<T, BITS, FIRST + STEP>(a[STEP], word, scales);
-        dequantise<FIRST, STEP + 1>(a, word, scales);
+template <int STEP = 0>
+HQQ_INLINE void dequantise(uint32_t (&a)[STEPS_OF_BLOCK][4], const uint32_t (&word)[BITS], const S& scales) {
+    if constexpr (STEP < STEPS_OF_BLOCK) {
+        weights<T, BITS, STEP>(a[STEP], word, scales);
+        dequantise<STEP + 1>(a, word, scales);
     }
 }
 
-struct Stage {
-    uint32_t full, empty, data;  // barriers of stage 0, and where it lies
-    int index, parity;
+// Products run while the next weights are dequantised, so each two in a row need registers of their own for a.
+struct Multiplier {
+    Ring<STAGES> x;
+    Ring<DEPTH> codes;
+    uint32_t x_at;
+    const unsigned char* codes_at;
+    int lane, unreleased;
+    uint32_t a[2][STEPS_OF_BLOCK][4];
 
-    HQQ_INLINE Stage(uint32_t shared) : full(shared + BARRIERS_AT), empty(full + 8 * STAGES), data(shared), index(0), parity(0) {}
+    HQQ_INLINE Multiplier(unsigned char* shared, int warp, int l)
+        : x(smem_u32(shared) + BARRIERS_AT),
+          codes(smem_u32(shared) + BARRIERS_AT + 16 * STAGES),
+          x_at(smem_u32(shared)),
+          codes_at(shared + CODES_AT + warp * TILE_BYTES),
+          lane(l),
+          unreleased(-1) {}
 
-    HQQ_INLINE void next() {
-        if (++index == STAGES) index = 0, parity ^= 1;
-    }
-
-    HQQ_INLINE void release(int of, int lane) const {
+    HQQ_INLINE void release(int slot) const {
         if constexpr (CLUSTER == 1) {
-            if (lane == 0) mbarrier_arrive(empty + 8 * of);
+            if (lane == 0) mbarrier_arrive(x.empty + 8 * slot);
         } else {
-            if (lane < CLUSTER) mbarrier_arrive_at(empty + 8 * of, lane);
+            if (lane < CLUSTER) mbarrier_arrive_at(x.empty + 8 * slot, lane);
         }
     }
-};
 
-// One block of 64 inputs of all tiles of this warp. Products are left running: at most those of the last STEPS.
-template <int FIRST, int B>
-HQQ_INLINE void multiply_part(float (&sum)[BLOCKS][SUMS], const uint32_t (&word)[BITS], const S& scales, Stage& stage,
-                              int& unreleased, int lane) {
-    if constexpr (FIRST < STEPS_OF_BLOCK) {
-        uint32_t a[STEPS][4];
-        dequantise<FIRST>(a, word, scales);
-        if (B == 0 && FIRST == 0) {
-            if constexpr (CLUSTER == 1)
-                mbarrier_wait(stage.full + 8 * stage.index, stage.parity);
-            else
-                mbarrier_wait_cluster(stage.full + 8 * stage.index, stage.parity);
-        }
-        const uint64_t x = wgmma_descriptor(stage.data + stage.index * STAGE_BYTES);
-        wgmma_fence();
-#pragma unroll
-        for (int s = 0; s < STEPS; ++s) wgmma<T, TOKENS>(sum[B], a[s][0], a[s][1], a[s][2], a[s][3], x + 2 * (FIRST + s));
-        wgmma_commit();
-        wgmma_wait<1>();
-        if (B == 0 && FIRST == 0) {
-            if (unreleased >= 0) stage.release(unreleased, lane);
-            unreleased = stage.index;
-        }
-        multiply_part<FIRST + STEPS, B>(sum, word, scales, stage, unreleased, lane);
-    }
-}
-
-template <int B = 0>
-HQQ_INLINE void multiply_block(float (&sum)[BLOCKS][SUMS], const unsigned char* slot, int block, Stage& stage,
-                               int& unreleased, int lane) {
-    if constexpr (B < BLOCKS) {
+    // Tile B of this warp and block BLOCK of a span whose first block is `first`.
+    template <int BLOCK, int B>
+    HQQ_INLINE void product(float (&sum)[BLOCKS][SUMS], int first) {
+        constexpr int BUFFER = (BLOCK * BLOCKS + B) % 2;
+        const unsigned char* tile = codes_at + codes.slot * SPAN_BYTES + B * (WARPS * TILE_BYTES);
         uint32_t word[BITS];
         S scales;
-        read_block<BITS>(word, slot + B * SLOT_BYTES, block, lane);
-        scales.read(slot + B * SLOT_BYTES + P::CHUNK_BYTES + block * S::BLOCK_BYTES, lane);
+        read_block<BITS>(word, tile + BLOCK / P::CHUNK_BLOCKS * P::CHUNK_BYTES, BLOCK % P::CHUNK_BLOCKS, lane);
+        scales.read(tile + CODE_BYTES + (S::offset(first + BLOCK) - S::offset(first)), lane);
         scales.fold();
-        multiply_part<0, B>(sum, word, scales, stage, unreleased, lane);
-        multiply_block<B + 1>(sum, slot, block, stage, unreleased, lane);
+        dequantise(a[BUFFER], word, scales);
+        if (B == 0) x.wait_full();
+        const uint64_t columns = wgmma_descriptor(x_at + x.slot * STAGE_BYTES);
+        wgmma_fence();
+#pragma unroll
+        for (int s = 0; s < STEPS_OF_BLOCK; ++s) {
+            const uint32_t(&r)[4] = a[BUFFER][s];
+            wgmma<T, TOKENS>(sum[B], r[0], r[1], r[2], r[3], columns + 2 * s);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (B == 0) {
+            if (unreleased >= 0) release(unreleased);
+            unreleased = x.slot;
+        }
     }
-}
 
-HQQ_INLINE void multiply(const Weight& w, const Output& out, float* partial, int* flags, Share share, int units,
-                         int workers, int worker, int rank, int token_blocks, unsigned char* shared) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int block = blockIdx.x;
-    Stage stage(smem_u32(shared));
-    Ring ring(w, shared + RING_AT + warp * (DEPTH * BLOCKS * SLOT_BYTES), lane);
-    const auto order_of = [&](int tile) { return (tile / token_blocks * CLUSTER + rank) * BLOCK_TILES; };
-
-    int ahead = share.first, ahead_tile = ahead / w.chunks;
-    ring.seek(order_of(ahead_tile) + warp, ahead % w.chunks);
-    const auto fetch_next = [&](int slot) {
-        if (ahead < share.last) {
-            ring.fetch(slot);
-            ++ahead;
-            if (++ring.chunk == w.chunks) ring.seek(order_of(++ahead_tile) + warp, 0);
+    template <int BLOCK, int B = 0>
+    HQQ_INLINE void tiles(float (&sum)[BLOCKS][SUMS], int first) {
+        if constexpr (B < BLOCKS) {
+            product<BLOCK, B>(sum, first);
+            tiles<BLOCK, B + 1>(sum, first);
         }
-        cp_async_commit();
-    };
-#pragma unroll 1
-    for (int slot = 0; slot < DEPTH - 1; ++slot) fetch_next(slot);
+    }
 
-    int slot = 0, free_slot = DEPTH - 1;
-    int unit = share.first, tile = unit / w.chunks, chunk = unit % w.chunks;
-    bool waited = false;
-#pragma unroll 1
-    while (unit < share.last) {
-        const int left = share.last - unit, count = left < w.chunks - chunk ? left : w.chunks - chunk;
-        float sum[BLOCKS][SUMS];
-#pragma unroll
-        for (int b = 0; b < BLOCKS; ++b)
-#pragma unroll
-            for (int n = 0; n < SUMS; ++n) sum[b][n] = 0.0f;
-        int unreleased = -1;
-#pragma unroll
-        for (int b = 0; b < BLOCKS; ++b) wgmma_touch(sum[b]);
-#pragma unroll 1
-        for (int i = 0; i < count; ++i) {
-            cp_async_wait<DEPTH - 2>();
-            __syncwarp();
-            fetch_next(free_slot);
-            if (++free_slot == DEPTH) free_slot = 0;
-            const unsigned char* codes = ring.slots + slot * (BLOCKS * SLOT_BYTES);
-            if (++slot == DEPTH) slot = 0;
-#pragma unroll
-            for (int kb = 0; kb < CHUNK_BLOCKS; ++kb) {
-                multiply_block(sum, codes, kb, stage, unreleased, lane);
-                stage.next();
-            }
+    // A whole span; BRANCH: only its first `count` blocks.
+    template <bool BRANCH, int BLOCK = 0>
+    HQQ_INLINE void span(float (&sum)[BLOCKS][SUMS], int first, int count) {
+        if constexpr (BLOCK < SPAN) {
+            if (BRANCH && BLOCK >= count) return;
+            tiles<BLOCK>(sum, first);
+            if constexpr (BRANCH) wgmma_wait<0>();
+            x.next();
+            span<BRANCH, BLOCK + 1>(sum, first, count);
         }
+    }
+
+    HQQ_INLINE void finish(float (&sum)[BLOCKS][SUMS]) {
         wgmma_wait<0>();
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) wgmma_touch(sum[b]);
-        stage.release(unreleased, lane);
+        if (unreleased >= 0) release(unreleased);
+        unreleased = -1;
+    }
+};
+
+HQQ_INLINE void multiply(const Weight& w, const Output& out, const Work& work, float* partial, int* flags,
+                         unsigned char* shared) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x;
+    Multiplier multiplier(shared, warp, lane);
+    int unit = work.share.first, tile = unit / work.spans, span = unit % work.spans;
+    bool waited = false;
+#pragma unroll 1
+    while (unit < work.share.last) {
+        const int left = work.share.last - unit, count = left < work.spans - span ? left : work.spans - span;
+        float sum[BLOCKS][SUMS];
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b) {
+#pragma unroll
+            for (int n = 0; n < SUMS; ++n) sum[b][n] = 0.0f;
+            wgmma_touch(sum[b]);
+        }
+#pragma unroll 1
+        for (int i = 0; i < count; ++i) {
+            const int first = (span + i) * SPAN, blocks = w.blocks - first;
+            multiplier.codes.wait_full();
+            if (blocks >= SPAN)
+                multiplier.span<false>(sum, first, SPAN);
+            else
+                multiplier.span<true>(sum, first, blocks);
+            // The next span begins with the first buffer of a.
+            if (SPAN * BLOCKS % 2 != 0) wgmma_wait<0>();
+            if (lane == 0) mbarrier_arrive(multiplier.codes.empty + 8 * multiplier.codes.slot);
+            multiplier.codes.next();
+        }
+        multiplier.finish(sum);
 
         if (!waited) pdl_wait(), waited = true;
-        if (chunk > 0) {
+        if (span > 0) {
             leave(sum, partial, flags, block, threadIdx.x);
         } else {
-            // Worker w + 1 has the block before; the sequence goes from the last block of the grid to the first.
-            for (int done = count, other = 1; done < w.chunks; ++other) {
+            // Worker w + 1 has the cluster before: blocks wait for earlier blocks only.
+            for (int done = count, other = 1; done < work.spans; ++other) {
                 collect(sum, partial, flags, block - other * CLUSTER, threadIdx.x);
-                const Share next(worker + other, workers, units);
+                const Share next(work.worker + other, work.workers, work.units);
                 done += next.last - next.first;
             }
-            store(sum, out, order_of(tile), tile % token_blocks * TOKENS, warp, lane, shared + EXCHANGE_AT);
+            store(sum, out, work.order(tile), tile % work.token_blocks * TOKENS, warp, lane, shared + EXCHANGE_AT);
         }
-        unit += count, ++tile, chunk = 0;
+        unit += count, ++tile, span = 0;
     }
 }
 
-// ---- x ------------------------------------------------------------------------------------------------------------
-HQQ_INLINE void copy_tokens(const unsigned char* x, Share share, int rank, int token_blocks, int chunks,
-                            unsigned char* shared) {
-    pdl_wait();
-    Stage stage(smem_u32(shared));
-    constexpr int PART = STAGE_BYTES / CLUSTER;
-    int tile = share.first / chunks, chunk = share.first % chunks;
+// ---- copies -------------------------------------------------------------------------------------------------------
+// Codes and scales, a row tile for each lane.
+HQQ_INLINE void copy_codes(const Weight& w, const Work& work, unsigned char* shared, int lane) {
+    Ring<DEPTH> ring(smem_u32(shared) + BARRIERS_AT + 16 * STAGES);
+    const uint64_t policy = evict_first_policy();
+    const uint32_t to = smem_u32(shared) + CODES_AT + lane * TILE_BYTES;
+    int tile = work.share.first / work.spans, span = work.share.first % work.spans;
+    int row = row_tile(work.order(tile) + lane, w.tiles);
 #pragma unroll 1
-    for (int unit = share.first; unit < share.last; ++unit) {
-        const unsigned char* from =
-            x + (static_cast<int64_t>(tile % token_blocks) * chunks + chunk) * (CHUNK_BLOCKS * STAGE_BYTES);
-#pragma unroll 1
-        for (int kb = 0; kb < CHUNK_BLOCKS; ++kb, from += STAGE_BYTES) {
-            const uint32_t to = stage.data + stage.index * STAGE_BYTES, full = stage.full + 8 * stage.index;
-            if constexpr (CLUSTER == 1) {
-                mbarrier_wait(stage.empty + 8 * stage.index, stage.parity ^ 1);
-                mbarrier_arrive_expect(full, STAGE_BYTES);
-                bulk_copy(to, from, STAGE_BYTES, full);
-            } else {
-                mbarrier_wait_cluster(stage.empty + 8 * stage.index, stage.parity ^ 1);
-                mbarrier_arrive_expect(full, STAGE_BYTES);
-                bulk_copy_to(to + rank * PART, from + rank * PART, PART, full, (1 << CLUSTER) - 1);
-            }
-            stage.next();
+    for (int unit = work.share.first; unit < work.share.last; ++unit) {
+        const int first = span * SPAN, rest = w.blocks - first, count = rest < SPAN ? rest : SPAN;
+        const int codes = count / P::CHUNK_BLOCKS * P::CHUNK_BYTES;
+        const int scales = S::offset(first + count - 1) - S::offset(first) + S::BLOCK_BYTES;
+        ring.wait_empty();
+        const uint32_t full = ring.full + 8 * ring.slot, slot = to + ring.slot * SPAN_BYTES;
+        if (lane == 0) mbarrier_arrive_expect(full, BLOCK_TILES * (codes + scales));
+        __syncwarp();
+        if (lane < BLOCK_TILES) {
+            const int64_t block = static_cast<int64_t>(row) * w.blocks + first;
+            bulk_copy(slot, w.codes + block / P::CHUNK_BLOCKS * P::CHUNK_BYTES, codes, full, policy);
+            const unsigned char* meta = w.meta;
+            if constexpr (AXIS == 0)
+                meta += static_cast<int64_t>(row / MEMBERS<GROUP>) * w.blocks * S::BLOCK_BYTES;
+            else
+                meta += static_cast<int64_t>(row) * w.groups * 64;
+            bulk_copy(slot + CODE_BYTES, meta + S::offset(first), scales, full);
         }
-        if (++chunk == chunks) chunk = 0, ++tile;
+        ring.next();
+        if (++span == work.spans) span = 0, row = row_tile(work.order(++tile) + lane, w.tiles);
+    }
+}
+
+HQQ_INLINE void copy_tokens(const unsigned char* x, const Work& work, int blocks, unsigned char* shared) {
+    pdl_wait();
+    Ring<STAGES> ring(smem_u32(shared) + BARRIERS_AT);
+    constexpr int PART = STAGE_BYTES / CLUSTER;
+    int tile = work.share.first / work.spans, span = work.share.first % work.spans;
+#pragma unroll 1
+    for (int unit = work.share.first; unit < work.share.last; ++unit) {
+        const int first = span * SPAN, rest = blocks - first, count = rest < SPAN ? rest : SPAN;
+        const unsigned char* from =
+            x + (static_cast<int64_t>(tile % work.token_blocks) * blocks + first) * STAGE_BYTES + work.rank * PART;
+#pragma unroll 1
+        for (int i = 0; i < count; ++i, from += STAGE_BYTES) {
+            ring.wait_empty();
+            const uint32_t full = ring.full + 8 * ring.slot;
+            const uint32_t to = smem_u32(shared) + ring.slot * STAGE_BYTES + work.rank * PART;
+            mbarrier_arrive_expect(full, STAGE_BYTES);
+            if constexpr (CLUSTER == 1)
+                bulk_copy(to, from, PART, full);
+            else
+                bulk_copy_to(to, from, PART, full, (1 << CLUSTER) - 1);
+            ring.next();
+        }
+        if (++span == work.spans) span = 0, ++tile;
     }
 }
 
@@ -455,7 +453,7 @@ HQQ_INLINE void copy_tokens(const unsigned char* x, Share share, int rank, int t
 // x: what arrange_tokens wrote. partial: float[blocks of the grid][BLOCKS * TOKENS / 2 * 256]; flags: one for each block.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     tiled_gemm(const unsigned char* x, const unsigned char* codes, const unsigned char* meta, const int* rows,
-               const uint16_t* bias, uint16_t* y, float* partial, int* flags, int M, int N, int tiles, int chunks,
+               const uint16_t* bias, uint16_t* y, float* partial, int* flags, int M, int N, int tiles, int blocks,
                int groups) {
     HQQ_DYNAMIC_SHARED(shared);
     const uint32_t barriers = smem_u32(shared) + BARRIERS_AT;
@@ -464,6 +462,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
             mbarrier_init(barriers + 8 * i, 1);
             mbarrier_init(barriers + 8 * (STAGES + i), WARPS * CLUSTER);
         }
+        for (int i = 0; i < DEPTH; ++i) {
+            mbarrier_init(barriers + 16 * STAGES + 8 * i, 1);
+            mbarrier_init(barriers + 16 * STAGES + 8 * (DEPTH + i), WARPS);
+        }
         mbarrier_init_fence();
     }
     if constexpr (CLUSTER == 1)
@@ -471,19 +473,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     else
         cluster_sync();
 
-    const int workers = gridDim.x / CLUSTER, worker = workers - 1 - blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
-    const int token_blocks = (M + TOKENS - 1) / TOKENS;
-    const int output_tiles = (tiles + BLOCK_TILES * CLUSTER - 1) / (BLOCK_TILES * CLUSTER) * token_blocks;
-    const int units = output_tiles * chunks;
-    const Share share(worker, workers, units);
+    const int workers = gridDim.x / CLUSTER, worker = workers - 1 - blockIdx.x / CLUSTER;
+    const int token_blocks = (M + TOKENS - 1) / TOKENS, spans = (blocks + SPAN - 1) / SPAN;
+    const int units = (tiles + BLOCK_TILES * CLUSTER - 1) / (BLOCK_TILES * CLUSTER) * token_blocks * spans;
+    const int rank = blockIdx.x % CLUSTER;
+    const Work work{Share(worker, workers, units), units, workers, worker, rank, token_blocks, spans};
+    const Weight weight{codes, meta, tiles, blocks, groups};
     if (threadIdx.x < MULTIPLIERS) {
         more_registers<MANY>();
-        const Weight weight{codes, meta, rows, tiles, chunks, groups};
-        multiply(weight, Output{rows, bias, y, M, N, tiles}, partial, flags, share, units, workers, worker, rank,
-                 token_blocks, shared);
+        multiply(weight, Output{rows, bias, y, M, N, tiles}, work, partial, flags, shared);
     } else {
         fewer_registers<FEW>();
-        if (threadIdx.x == MULTIPLIERS) copy_tokens(x, share, rank, token_blocks, chunks, shared);
+        if (threadIdx.x / 32 == WARPS)
+            copy_codes(weight, work, shared, threadIdx.x % 32);
+        else if (threadIdx.x == MULTIPLIERS + 32)
+            copy_tokens(x, work, blocks, shared);
     }
     if constexpr (CLUSTER > 1) {
         // A block whose neighbours still copy to it or arrive at its barriers must not end.
@@ -497,6 +501,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 // 16 c + 2 p and the one after it, c = 0 ... 3. A thread writes one piece. The flags of the product become 0.
 extern "C" __global__ void __launch_bounds__(256)
     arrange_tokens(const uint16_t* x, unsigned char* arranged, int* flags, int M, int K, int blocks, int flag_count) {
+    // In this order: the product reads weights before it waits, and they must be there.
+    pdl_wait();
     pdl_launch();
     const int index = blockIdx.x * 256 + threadIdx.x;
     if (index < flag_count) flags[index] = 0;

@@ -8,26 +8,15 @@ HQQ_INLINE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Arrives at the barrier at the same address in block `rank` of the cluster.
+// Arrives at the barrier at the same address in block `rank` of the cluster. Tells it that this block has read what was
+// copied to it, not that this block wrote anything.
 HQQ_INLINE void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
     asm volatile(
         "{\n"
         ".reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
         "}" ::"r"(barrier), "r"(rank)
-        : "memory");
-}
-
-// As mbarrier_wait, and sees what other blocks of the cluster did before they arrived.
-HQQ_INLINE void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "retry:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra retry;\n"
-        "}" ::"r"(barrier), "r"(parity)
         : "memory");
 }
 

@@ -5,13 +5,14 @@
 // neighbouring inputs of two rows; lanes exchange halves in pairs, so that a store fills whole 32-byte sectors.
 //
 // Set by the host, with HQQ_ in front: T (F16, BF16), BITS, AXIS, GROUP (0: the whole row), RUN (a multiple of the blocks
-// of a chunk), KEEP (1: the result is read again soon and fits the L2 cache).
+// of a chunk), KEEP (1: the result is read again soon and fits the L2 cache), RAGGED (1: K is no multiple of 8).
 #include "fragments.cuh"
 
 namespace {
 
 using T = HQQ_T;
 constexpr int BITS = HQQ_BITS, AXIS = HQQ_AXIS, GROUP = HQQ_GROUP, RUN = HQQ_RUN, KEEP = HQQ_KEEP;
+constexpr int RAGGED = HQQ_RAGGED;
 constexpr int WARPS = 8, BLOCK_INPUTS = 64;
 
 using P = Packing<BITS>;
@@ -42,38 +43,33 @@ HQQ_INLINE void dequantise(uint32_t (&row)[2][8], const uint32_t (&word)[BITS], 
     }
 }
 
-HQQ_INLINE void put(uint16_t* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+HQQ_INLINE void put(uint16_t* to, const uint32_t (&v)[4]) {
     if constexpr (KEEP)
-        *reinterpret_cast<uint4*>(to) = make_uint4(a, b, c, d);
+        *reinterpret_cast<uint4*>(to) = make_uint4(v[0], v[1], v[2], v[3]);
     else
-        stg128_stream(to, make_uint4(a, b, c, d));
+        stg128_stream(to, make_uint4(v[0], v[1], v[2], v[3]));
 }
 
 // `row`: inputs k to k + 15 of a row that begins at `to`; lane column c has k = 16 c + a multiple of 64.
 HQQ_INLINE void store_row(const uint32_t (&row)[8], uint16_t* to, int k, int K, bool real, int lane) {
-    if (K % 8 != 0) {
+    if constexpr (RAGGED) {
 #pragma unroll
         for (int i = 0; i < 16; ++i)
             if (real && k + i < K) to[k + i] = static_cast<uint16_t>(row[i / 2] >> 16 * (i % 2));
         return;
     }
+    // Of a pair of lanes, the even one stores the first half of both runs of 16, the odd one the second.
     const bool odd = lane % 2 != 0;
-    uint32_t other[4];
+    uint32_t even_run[4], odd_run[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) other[i] = __shfl_xor_sync(0xffffffffu, odd ? row[i] : row[4 + i], 1);
-    const int even_k = odd ? k - 16 : k, half = odd ? 8 : 0;
-    if (real && even_k + half < K) {
-        if (odd)
-            put(to + even_k + half, other[0], other[1], other[2], other[3]);
-        else
-            put(to + even_k + half, row[0], row[1], row[2], row[3]);
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? row[i] : row[4 + i], 1);
+        even_run[i] = odd ? other : row[i];
+        odd_run[i] = odd ? row[4 + i] : other;
     }
-    if (real && even_k + 16 + half < K) {
-        if (odd)
-            put(to + even_k + 16 + half, row[4], row[5], row[6], row[7]);
-        else
-            put(to + even_k + 16 + half, other[0], other[1], other[2], other[3]);
-    }
+    const int even_k = odd ? k - 8 : k;
+    if (real && even_k < K) put(to + even_k, even_run);
+    if (real && even_k + 16 < K) put(to + even_k + 16, odd_run);
 }
 
 }  // namespace
@@ -85,13 +81,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     const int lane = threadIdx.x % 32, runs = (chunks + CHUNKS - 1) / CHUNKS;
     const int work = blockIdx.x * WARPS + threadIdx.x / 32, tile = work / runs, first = work % runs * CHUNKS;
     if (tile >= tiles) return;
-    const unsigned char* from = codes + (static_cast<int64_t>(tile) * chunks + first) * P::CHUNK_BYTES + 16 * lane;
+    // Past the last chunk: that one once more, since loads on a condition would be put off.
     uint4 load[CHUNKS][P::LOADS];
 #pragma unroll
-    for (int i = 0; i < CHUNKS; ++i)
+    for (int i = 0; i < CHUNKS; ++i) {
+        const int chunk = first + i < chunks ? first + i : chunks - 1;
+        const unsigned char* from = codes + (static_cast<int64_t>(tile) * chunks + chunk) * P::CHUNK_BYTES + 16 * lane;
 #pragma unroll
-        for (int j = 0; j < P::LOADS; ++j)
-            if (i == 0 || first + i < chunks) load[i][j] = ldg128_stream(from + i * P::CHUNK_BYTES + 512 * j);
+        for (int j = 0; j < P::LOADS; ++j) load[i][j] = ldg128_stream(from + 512 * j);
+    }
 
     const int4 place = *reinterpret_cast<const int4*>(rows + 4 * tile);
     const unsigned char* scales_of_tile = meta;
@@ -104,21 +102,28 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
     for (int half = 0; half < 2; ++half) to[half] = W + (place.x + static_cast<int64_t>(place.y) * (g + 8 * half)) * K;
 
+    // Loads before the stores that they must not wait for: all of them along axis 1, the next block's along axis 0.
+    constexpr int AHEAD = AXIS == 1 ? RUN : 2;
+    S scales[AHEAD];
+    const int first_block = first * P::CHUNK_BLOCKS, last_block = (chunks * P::CHUNK_BLOCKS) - 1;
+    const auto read = [&](int i) {
+        const int block = first_block + i;
+        scales[i % AHEAD].read(scales_of_tile + S::offset(block < last_block ? block : last_block), lane);
+    };
 #pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) {
-        if (i > 0 && first + i >= chunks) break;
+    for (int i = 0; i < AHEAD - (AXIS == 0); ++i) read(i);
 #pragma unroll
-        for (int b = 0; b < P::CHUNK_BLOCKS; ++b) {
-            const int block = (first + i) * P::CHUNK_BLOCKS + b;
-            uint32_t word[BITS], row[2][8];
-            S scales;
-            take_block(word, load[i], b);
-            scales.read(scales_of_tile + S::offset(block), lane);
-            scales.times_power(-place.w);
-            dequantise(row, word, scales);
+    for (int i = 0; i < RUN; ++i) {
+        constexpr int OF_CHUNK = P::CHUNK_BLOCKS;
+        if (i > 0 && i % OF_CHUNK == 0 && first + i / OF_CHUNK >= chunks) break;
+        if (AXIS == 0 && i + 1 < RUN) read(i + 1);
+        uint32_t word[BITS], row[2][8];
+        take_block(word, load[i / OF_CHUNK], i % OF_CHUNK);
+        scales[i % AHEAD].times_power(-place.w);
+        dequantise(row, word, scales[i % AHEAD]);
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-                store_row(row[half], to[half], BLOCK_INPUTS * block + 16 * (lane % 4), K, g + 8 * half < place.z, lane);
-        }
+        for (int half = 0; half < 2; ++half)
+            store_row(row[half], to[half], BLOCK_INPUTS * (first_block + i) + 16 * (lane % 4), K, g + 8 * half < place.z,
+                      lane);
     }
 }
