@@ -115,13 +115,18 @@ def stages_of(sites: Sequence[Site], trace: Trace) -> list[Stage]:
         members = by_kind[kind_of[name]]
         # An expert without tokens in this pass may get some in another.
         leaders = {site.name: trace.leaders.get(site.name, site.name) for site in members}
-        if stages and leaders[name] in stages[-1].leaders:
-            stages[-1].sites += members
-            stages[-1].leaders.update(leaders)
+        earlier = next((stage for stage in stages if leaders[name] in stage.leaders), None)
+        if earlier is None:
+            stages.append(Stage(list(members), leaders))
         else:
-            stages.append(Stage(members, leaders))
+            earlier.sites += members
+            earlier.leaders.update(leaders)
     order = list(trace.calls)
     for stage in stages:
+        # Whoever shares an input with a site of another stage looks for itself.
+        stage.leaders = {
+            name: leader if leader in stage.leaders else name for name, leader in stage.leaders.items()
+        }
         if not any(site.routed or trace.calls[site.name] != 1 for site in stage.sites):
             stage.last = max((site.name for site in stage.recorded()), key=order.index)
     return stages

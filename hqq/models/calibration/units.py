@@ -135,7 +135,8 @@ def find_chain(model: nn.Module, names: Sequence[str], batches: Sequence[Batch])
     The model is run on every batch with blocks that do nothing, so this costs next to nothing.
     """
     found = _largest_list(model, names)
-    if found is None:
+    # Blocks of a decoder also depend on what those of the encoder give.
+    if found is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
     labels, blocks = found
     first: list[tuple[Any, dict[str, Any]]] = []
