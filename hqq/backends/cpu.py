@@ -52,10 +52,9 @@ class CPUInt4Weight(Int4Weight):
         codes: Tensor = _unpack(self.packed, *self.spec.shape)
         return codes
 
-    def multiply(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y = torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.group_size, self.s_and_z)
-        return y.reshape(*x.shape[:-1], self.spec.shape[0])
+    def product(self, x: Tensor) -> Tensor:
+        y: Tensor = torch._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.s_and_z)
+        return y
 
 
 class CPUInt8Weight(PreparedWeight):

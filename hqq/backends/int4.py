@@ -11,15 +11,21 @@ from hqq.core.qtensor import QSpec, QTensor
 
 _GROUP_SIZES = (256, 128, 64, 32)
 _MIDDLE = 8
+_MUCH = 2.0**-8  # relative to the weight: what bfloat16 itself tells apart
 
 
 class Int4Weight(PreparedWeight):
     """Codes of at most 4 bits in the arrangement `packed` of torch's int4 products, which take W as (c - 8) s + z.
 
     c = q + 8 - half, half the middle of the codes, so z = (half - zero) * scale: computed in float32, rounded to
-    bfloat16 once, and small, so that W differs from `(q - zero) * scale` by at most 2^-9 |z|. scale is kept as s; zero,
-    which cannot be had from z exactly, is kept beside it. Longer groups than torch takes are several with the same s.
+    bfloat16 once, and small, so that W differs from `(q - zero) * scale` by at most 2^-9 |z|. That is much where large
+    weights share a group with small ones; so what z is `missing` is kept too, and added with the sums of each group's
+    inputs: always, or, if not `always_exact`, where the weight as a whole would differ by more than bfloat16 does.
+    scale is kept as s; zero, which cannot be had from z exactly, beside it. Longer groups than torch takes are several
+    with the same s.
     """
+
+    always_exact = True
 
     def __init__(self, q: QTensor, dtype: torch.dtype) -> None:
         super().__init__(q, dtype, keep=("zero",))
@@ -32,13 +38,35 @@ class Int4Weight(PreparedWeight):
         codes = flat.spec.grouping.ungroup(flat.codes(torch.uint8)) + self._shift
         assert isinstance(flat.scale, Tensor) and isinstance(flat.zero, Tensor)
         s, zero = (stat.reshape(N, K // size) for stat in (flat.scale, flat.zero))
-        z = ((half - zero.float()) * s.float()).to(dtype)
+        exact = (half - zero.float()) * s.float()
+        z = exact.to(dtype)
+        missing = exact - z.float()
+        keep = self.always_exact or (
+            float(missing.norm()) * size**0.5 > _MUCH * float(flat.dequantize(dtype).float().norm())
+        )
+        self.register_buffer(
+            "missing", missing.to(dtype).t().contiguous() if keep else None, persistent=False
+        )
         both = torch.stack([s, z], dim=-1).transpose(0, 1).repeat_interleave(self._repeats, dim=0)
         self.register_buffer("packed", self.pack_codes(codes.contiguous()), persistent=False)
         self.register_buffer("s_and_z", both.contiguous(), persistent=False)
 
     packed: Tensor
     s_and_z: Tensor
+    missing: Tensor | None
+
+    def multiply(self, x: Tensor) -> Tensor:
+        N, K = self.spec.shape
+        rows = x.reshape(-1, K).contiguous()
+        y = self.product(rows)
+        if self.missing is not None:
+            sums = rows.reshape(rows.shape[0], self.missing.shape[0], -1).sum(-1)
+            y = torch.addmm(y, sums, self.missing)
+        return y.reshape(*x.shape[:-1], N)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return torch's product for x [M, K]."""
+        raise NotImplementedError
 
     def pack_codes(self, codes: Tensor) -> Tensor:
         """Return codes [N, K] (uint8) in torch's arrangement."""

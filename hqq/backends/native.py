@@ -11,6 +11,7 @@ from torch import Tensor
 from hqq.core.prepared import PreparedWeight, plain
 from hqq.core.qtensor import QSpec, QTensor
 from hqq.errors import BackendError
+from hqq.kernels.cuda.module import unavailable_reason
 from hqq.kernels.tiled_linear import tiled_dequantize, tiled_linear
 from hqq.kernels.tiled_weight import TiledWeight, tiled_support
 
@@ -64,12 +65,10 @@ class NativeBackend:
     name = "native"
 
     def available(self) -> str | None:
-        return None if torch.cuda.is_available() else "torch sees no CUDA device on this machine"
+        return unavailable_reason()
 
     def supports(self, spec: QSpec, compute_dtype: torch.dtype, device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return f"the weight is on {device}, and the fused kernels take CUDA tensors"
-        return tiled_support(replace(spec, view_as_float=False), compute_dtype)
+        return unavailable_reason(device) or tiled_support(replace(spec, view_as_float=False), compute_dtype)
 
     def prepare(self, q: QTensor, dtype: torch.dtype) -> NativeWeight:
         return NativeWeight(q, dtype)

@@ -19,9 +19,11 @@ from hqq.backends.patching import (
     patch_lora_inference,
     recommended_inductor_config_setter,
 )
-from hqq.backends.prepare import prepare_for_inference, restore
+from hqq.backends.prepare import prepare_for_inference, quantized_layers, restore
+from hqq.core import choice
 from hqq.core.lora import HQQLinearLoRA
 from hqq.core.qtensor import QSpec
+from hqq.core.quantized_module import QuantizedModule
 from hqq.errors import BackendError
 from tests.core.layers import same_state
 
@@ -73,10 +75,11 @@ class Picky:
 
 @pytest.fixture
 def picky(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands in for the Triton kernels."""
+    """Stands in for the Triton kernels, on the CPU too."""
     from hqq.backends import triton
 
     monkeypatch.setattr(triton, "BACKEND", Picky())
+    monkeypatch.setitem(choice._DEFAULT, "cpu", ("triton", "pytorch"))
 
 
 def test_each_layer_gets_its_own_choice_with_a_reason(model: Block, picky: None) -> None:
@@ -135,21 +138,27 @@ def test_copies_stay_prepared_and_restore_alone(model: Block, picky: None) -> No
 
 
 @pytest.mark.skipif(HAS_CUDA, reason="about machines without CUDA")
-def test_default_on_the_cpu_is_torch_and_says_so(model: Block, caplog: pytest.LogCaptureFixture) -> None:
+def test_default_in_float32_on_the_cpu_is_torch_and_says_so(
+    model: Block, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level("INFO"):
         report = prepare_for_inference(model, verbose=True)
     assert {row.got for row in report.layers} == {"pytorch"}
-    assert all(row.reason for row in report.layers)
+    assert {row.reason for row in report.layers} == {
+        "torch's int4 product is used in bfloat16, not in torch.float32"
+    }
     assert [record.getMessage() for record in caplog.records] == [str(report)]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")
-def test_default_on_a_gpu_is_triton(model: Block) -> None:
+def test_default_on_a_gpu_in_float32_is_triton(model: Block) -> None:
     model = model.cuda()
     x = torch.randn(3, 64, device="cuda")
     expected = model(x)
-    assert {row.got for row in prepare_for_inference(model, strict=True).layers} == {"triton"}
+    report = prepare_for_inference(model, strict=True)
+    assert {row.got for row in report.layers} == {"triton"}
+    assert all(row.reason for row in report.layers)
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
@@ -165,12 +174,49 @@ def test_a_prepared_model_is_one_graph_with_the_same_result(model: Block) -> Non
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(
-    "name", ["torchao_int4", "gemlite", "marlin", "bitblas", "cpu", "auto", "Triton", ""]
-)
-def test_backends_that_are_not_there(name: str, model: Block) -> None:
-    with pytest.raises(BackendError, match=rf"got backend='{name}', .* expected one of 'default', 'pytorch'"):
+@pytest.mark.parametrize("name", ["torchao", "Triton", "", "HQQBackend.TRITON"])
+def test_unknown_backends(name: str, model: Block) -> None:
+    with pytest.raises(BackendError, match=rf"got backend='{name}', .* one of 'default', 'auto', 'native', "):
         prepare_for_inference(model, backend=name)
+
+
+@pytest.mark.parametrize("name", choice.BACKEND_NAMES)
+def test_every_name_prepares_or_says_what_is_missing(name: str, model: Block) -> None:
+    state, x = copy.deepcopy(model.state_dict()), torch.randn(3, 64)
+    expected = model(x)
+    missing = choice.unavailable(name)
+    if name in choice.EXTERNAL and missing is not None:
+        with pytest.raises(BackendError, match=f"got backend='{name}', which is not available here: "):
+            prepare_for_inference(model, backend=name)
+        assert all(layer.preparation is None for layer in quantized_layers(model).values())
+        return
+    report = prepare_for_inference(model, backend=name)
+    assert [row.asked for row in report.layers] == [name] * 3
+    assert all(row.fulfilled or row.reason for row in report.layers)
+    if name != "pytorch_compile":  # whose compiler's own warnings would be errors here
+        torch.testing.assert_close(model(x), expected)
+    restore(model)
+    assert same_state(dict(state), dict(model.state_dict()))
+
+
+def test_a_failing_preparation_leaves_the_model_as_it_was(
+    model: Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_for_inference(model, backend="pytorch_compile")
+    before = {name: layer.preparation for name, layer in quantized_layers(model).items()}
+    real, calls = QuantizedModule.prepare, []
+
+    def failing(layer: QuantizedModule, asked: str, keep_codes: bool = False) -> Any:
+        calls.append(asked)
+        if len(calls) == 3:
+            raise MemoryError("third layer")
+        return real(layer, asked, keep_codes)
+
+    monkeypatch.setattr(QuantizedModule, "prepare", failing)
+    with pytest.raises(MemoryError, match="third layer"):
+        prepare_for_inference(model, backend="pytorch")
+    monkeypatch.undo()
+    assert {name: layer.preparation for name, layer in quantized_layers(model).items()} == before
 
 
 def test_models_without_quantised_layers() -> None:
