@@ -7,8 +7,8 @@ from torch import Tensor
 
 from hqq.errors import WeightError
 
-# With fewer tokens than this share of its inputs a layer learns the text by heart.
-_LEAST_SHARE = 0.5
+# With fewer tokens than this share of its inputs a layer gains nothing (docs/solver.md).
+_LEAST_SHARE = 0.25
 _LEAST_TOKENS = 32
 
 

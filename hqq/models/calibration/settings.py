@@ -14,6 +14,10 @@ from hqq.models.text import Tokenizer
 
 SELF, RANDOM = "self", "random"
 
+_DAMPING = 0.01
+_RANDOM_DAMPING = 0.3
+_DAMPING_OF_NOISE = 0.5
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -28,7 +32,8 @@ class Calibration:
         length: tokens in a sequence, at most the model's context.
         batch_size: sequences or samples per forward pass.
         seed: of the text or random ids.
-        damping: share of the mean diagonal of a layer's second moments that is added to it.
+        damping: share of the mean diagonal of a layer's second moments that is added to it; None for a share that
+            falls with the number of tokens seen.
         correction: share of the error in a layer's inputs (from the quantised layers before it) that its weight is
             moved to make up for.
         folder: where finished blocks are kept, so that an interrupted run goes on from there; None for nowhere.
@@ -42,7 +47,7 @@ class Calibration:
     length: int = 512
     batch_size: int = 8
     seed: int = 0
-    damping: float = 0.01
+    damping: float | None = None
     correction: float = 0.75
     folder: str | os.PathLike[str] | None = None
 
@@ -65,10 +70,20 @@ class Calibration:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigError(f"got {name}={value!r}; expected a whole number of at least {least}")
-        if not self.damping > 0:
-            raise ConfigError(f"got damping={self.damping!r}; expected a number above 0, such as 0.01")
+        if self.damping is not None and not self.damping > 0:
+            raise ConfigError(f"got damping={self.damping!r}; expected a number above 0 such as 0.01, or None")
         if not 0 <= self.correction <= 1:
             raise ConfigError(f"got correction={self.correction!r}; expected a number from 0 to 1")
+
+    def damping_for(self, K: int, rows: int) -> float:
+        """Return the damping of second moments of `K` inputs from so many tokens.
+
+        Few tokens leave errors in the moments of the order of K / rows; random tokens are unlike text however many.
+        """
+        if self.damping is not None:
+            return self.damping
+        least = _RANDOM_DAMPING if isinstance(self.data, str) and self.data == RANDOM else _DAMPING
+        return max(least, _DAMPING_OF_NOISE * K / rows)
 
     def texts(self) -> list[str] | None:
         """Return the texts to calibrate with, or None if the data is something else."""

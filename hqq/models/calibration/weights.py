@@ -66,7 +66,7 @@ class Inputs:
         if rows < tokens_needed(K):
             return f"it saw {rows} tokens; with {K} inputs it needs {tokens_needed(K)}"
         self.moments.check_finite()
-        self._factor = factorise(self.moments.H, self._settings.damping)
+        self._factor = factorise(self.moments.H, self._settings.damping_for(K, rows))
         if self._factor is None:
             zero = not bool(self.moments.H.any())
             return "all its inputs are zero" if zero else "the second moments of its inputs are singular"
