@@ -63,6 +63,6 @@ def move_on(
         tl.store(finished + row, (over | (tl.sum(same, 0) > 0)).to(tl.int8))
     position = tl.load(positions + row) + 1
     tl.store(token + row, chosen)
-    tl.store(ids + row * ids_stride + position, chosen)
+    tl.store(ids + row * ids_stride + position, chosen, mask=position < ids_stride)
     tl.store(positions + row, position)
     return chosen

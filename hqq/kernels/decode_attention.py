@@ -68,7 +68,8 @@ def _attention_kernel(
     value it writes into the cache.
     """
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    position, begin = tl.load(positions + row), tl.load(begins + row)
+    # A step too many writes where the last one did, and nowhere else.
+    position, begin = tl.minimum(tl.load(positions + row), length - 1), tl.load(begins + row)
     lowest, each, used = _parts(position, begin, window, SPLITS, BLOCK)
     if split >= used:
         if OVERLAP:
@@ -165,6 +166,7 @@ def _join_kernel(
     begins,
     positions,
     out,
+    length,
     window,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -178,7 +180,8 @@ def _join_kernel(
 ):
     """The parts of one query head of one row as one result, always in the same order."""
     head, row = tl.program_id(0), tl.program_id(1)
-    _, _, used = _parts(tl.load(positions + row), tl.load(begins + row), window, SPLITS, BLOCK)
+    position = tl.minimum(tl.load(positions + row), length - 1)
+    _, _, used = _parts(position, tl.load(begins + row), window, SPLITS, BLOCK)
     d = tl.arange(0, HEAD_PAD)
     s = tl.arange(0, SPLITS)
     owner = (row * (HEADS // GROUP) + head // GROUP).to(tl.int64)
@@ -302,6 +305,7 @@ def decode_attention(
                 begins,
                 positions,
                 out,
+                length,
                 window,
                 HEADS=kv_heads * group,
                 num_warps=_JOIN_WARPS,

@@ -206,6 +206,16 @@ def test_attention(
         assert torch.equal(cache.nan_to_num(7.0), old.nan_to_num(7.0)), "nothing else in the cache changes"
 
 
+def test_attention_stays_within_the_cache(rng: torch.Generator, device: torch.device) -> None:
+    heads, length = (1, 2, 16), 65
+    made = Attention(rng, device, torch.float32, heads, [(0, 64), (0, 64)], length, False, None)
+    made.positions += 200
+    before = made.keys.clone()
+    made.run(2)
+    assert torch.equal(made.keys[:, :, :64], before[:, :, :64])
+    assert made.keys[:, :, 64].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "V"), [(1, 50), (5, 2051), (64, 1024)])
 def test_greedy_advance(

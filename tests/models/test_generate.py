@@ -269,6 +269,16 @@ def test_bad_arguments(
         )
 
 
+def test_steps_beyond_the_cache(model: Any, tokenizer: Any) -> None:
+    generator = HFGenerator(model, tokenizer, 3, cache_size=8)
+    generator.setup(generator.tokenize_prompt("hello", use_chat_template=False), 3)
+    token = generator.prefill()
+    for _ in range(3):
+        token = generator.gen_next_token(token)
+    with pytest.raises(ConfigError, match="got a step beyond the cache of 8 tokens; set up with a larger"):
+        generator.gen_next_token(token)
+
+
 def test_steps_without_a_prompt(model: Any, tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match=r"call setup\(tokenize_prompt"):
         HFGenerator(model, tokenizer).prefill()

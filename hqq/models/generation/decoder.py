@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hqq.errors import ConfigError
 from hqq.models.generation.sampling import Sampling
 from hqq.models.generation.transformers_cache import CachedModel, empty_mask, vocabulary_size
 
@@ -69,6 +70,7 @@ class Decoder:
         self._prefill: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = self.model
         self._step: Callable[[], None] = self._one_step
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._room = 0
         self._to_capture = self._compiled = False
         self._fused: FusedStep | None = None
         self._rows: Rows | None = None
@@ -121,6 +123,7 @@ class Decoder:
     def start(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Begin with a left-padded batch of prompts [B, M] and return the tokens [B, 1] that follow them."""
         tokens = input_ids.shape[1]
+        self._room = self.length - tokens
         self.model.reset()
         self.finished.zero_()
         self.attention_mask.zero_()
@@ -145,7 +148,15 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Feed `token` and return the tokens [B, 1] that follow, which are in `token` then."""
+        """Feed `token` and return the tokens [B, 1] that follow, which are in `token` then.
+
+        Raises ConfigError if the cache is full.
+        """
+        if self._room <= 0:
+            raise ConfigError(
+                f"got a step beyond the cache of {self.length} tokens; set up with a larger max_new_tokens"
+            )
+        self._room -= 1
         self._draw()
         if self._to_capture:
             self._capture()
