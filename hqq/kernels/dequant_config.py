@@ -92,16 +92,16 @@ _LARGE = {
     ("columns", 10): Config(1024, 4, 1, 1792, streaming=1),
 }
 _SMALL = {
-    ("rows", 1): Config(2048, 4, 2, overlap=2),
-    ("rows", 2): Config(2048, 4, 1, streaming=1),
-    ("rows", 4): Config(1024, 2, 2),
+    ("rows", 1): Config(2048, 4, 2, overlap=4),
+    ("rows", 2): Config(2048, 4, 2, overlap=4),
+    ("rows", 4): Config(2048, 4, 1, streaming=1, overlap=4),
     ("rows", 8): Config(2048, 4, 1, overlap=2),
-    ("rows", 10): Config(1024, 4, 1, overlap=2),
-    ("columns", 1): Config(1024, 2, 4, overlap=2),
-    ("columns", 2): Config(1024, 4, 2, overlap=2),
-    ("columns", 4): Config(2048, 8, 4, overlap=0),
-    ("columns", 8): Config(2048, 8, 2),
-    ("columns", 10): Config(2048, 4, 1, streaming=1),
+    ("rows", 10): Config(2048, 4, 1, overlap=4),
+    ("columns", 1): Config(1024, 4, 3, overlap=4),
+    ("columns", 2): Config(1024, 4, 3, overlap=4),
+    ("columns", 4): Config(2048, 8, 2, overlap=4),
+    ("columns", 8): Config(2048, 8, 2, overlap=2),
+    ("columns", 10): Config(1024, 4, 1, overlap=4),
 }
 
 
@@ -125,6 +125,7 @@ def candidates(view: MatrixView, fields: int, out_itemsize: int) -> list[Config]
     tiles = [(full_width(out_itemsize, w), w) for w in (2, 4, 8)] + [(full_width(out_itemsize, 8), 4)]
     steps = [s for s in ((1, 2, 4, 8) if columns else (1, 2)) if s <= view.packed_rows]
     tried = [first._replace(block=block, warps=warps, steps=s) for block, warps in tiles for s in steps]
+    tried += [first._replace(overlap=overlap) for overlap in (1, 2, 4)]
     if first.burst:
         tried += [first._replace(burst=burst, distance=d) for burst in (0, 8) for d in (1024, 2048)]
         tried += [first._replace(stripe=stripe) for stripe in (0, 896, 3584) if columns]
