@@ -7,6 +7,7 @@ Writes FOLDER/solve_PART.json and prints tables. Microseconds are medians of CUD
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import statistics
 import time
@@ -228,8 +229,9 @@ def _copying(weights: list[Tensor]) -> Callable[[], object]:
 
 
 def _quantizing_seconds(weights: list[Tensor], config: QuantConfig, device: str | None) -> float:
-    models = [_model(weights) for _ in range(4)]
-    return _seconds(lambda: quantize_model(models.pop(), config, device=device, progress=False), 3)
+    repeats = 5
+    models = [_model(weights) for _ in range(repeats + 1)]
+    return _seconds(lambda: quantize_model(models.pop(), config, device=device, progress=False), repeats)
 
 
 def _on_host(W: Tensor, pinned: bool) -> Tensor:
@@ -251,6 +253,7 @@ def _seconds(function: Callable[[], object], repeats: int = 5) -> float:
     function()
     times = []
     for _ in range(repeats):
+        gc.collect()  # of what making the models left, or the collector walks through all of torch in between
         torch.cuda.synchronize()
         start = time.perf_counter()
         function()
