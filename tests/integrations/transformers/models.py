@@ -227,8 +227,9 @@ def assert_same(model: Any, given: dict[str, torch.Tensor], expected: torch.Tens
     Mamba's do not: its products of single elements round by where its tensors happen to lie in memory.
     """
     found = logits(model, given)
-    slack = 64 * torch.finfo(found.dtype).eps if model.config.model_type == "mamba" else 0.0
-    assert float((found - expected).abs().max()) <= slack * float(expected.abs().max())
+    slack = 64 * torch.finfo(model.dtype).eps if model.config.model_type == "mamba" else 0.0
+    difference = float((found - expected).abs().max())
+    assert difference <= slack * float(expected.abs().max())
 
 
 def quantized(model: nn.Module) -> dict[str, HQQLinear]:
