@@ -138,9 +138,10 @@ def test_experts_are_dequantised_and_say_so(rng: torch.Generator) -> None:
     assert experts.preparation is None
 
 
+@pytest.mark.parametrize("M", [3, 11])
 @pytest.mark.parametrize("groups", [1, 4])
-def test_the_operator_is_complete(groups: int, rng: torch.Generator) -> None:
-    x = torch.randn(3, 128, generator=rng).bfloat16()
+def test_the_operator_is_complete(groups: int, M: int, rng: torch.Generator) -> None:
+    x = torch.randn(M, 128, generator=rng).bfloat16()
     codes = torch.randint(-128, 128, (groups, 16, 128 // groups), generator=rng, dtype=torch.int8)
     scale = torch.rand(groups, 16, generator=rng).bfloat16()
     offset = torch.randn(groups, 16, generator=rng)

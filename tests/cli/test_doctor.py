@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hqq.core.backend import get_backend
+from hqq.core.choice import BACKEND_NAMES, unavailable
 from hqq.models import doctor
 from tests.cli.conftest import Run
 
@@ -26,9 +26,9 @@ def test_it_says_what_is_there(hqq: Run, monkeypatch: pytest.MonkeyPatch, tmp_pa
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
     assert data["libraries"] == {name: installed.get(name) for name in data["libraries"]}
     assert {"torch", "triton", "transformers", "peft", "vllm", "gemlite"} <= set(data["libraries"])
-    assert [backend["name"] for backend in data["backends"]] == ["pytorch", "pytorch_compile", "triton"]
+    assert [backend["name"] for backend in data["backends"]] == [*BACKEND_NAMES[2:]]
     for backend in data["backends"]:
-        assert backend["reason"] == get_backend(backend["name"]).available()
+        assert backend["reason"] == unavailable(backend["name"])
         assert backend["works"] == (backend["reason"] is None)
     assert len(data["devices"]) == torch.cuda.device_count()
     assert (data["cache_folder"], data["cache_files"]) == (str(tmp_path), 1)
