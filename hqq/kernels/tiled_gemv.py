@@ -1,0 +1,93 @@
+"""Products of few tokens (up to 16) with a tiled weight: configuration and launch of cuda/gemv.cu."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hqq.kernels.cuda import Kernel
+from hqq.kernels.tiled_gemv_config import GemvConfig, GemvWork, columns
+
+MAX_TOKENS = 16
+_SHARED_BYTES = 96 * 1024
+
+
+def launch_gemv(
+    work: GemvWork,
+    config: GemvConfig,
+    x: Tensor,
+    codes: Tensor,
+    meta: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Write `x @ W^T + bias` to `out`: x [M, K] and out [M, N] contiguous and 16-byte aligned, M up to MAX_TOKENS."""
+    blocks = _blocks(codes, work.bits)
+    tiles = codes.shape[0]
+    sweeps = -(-blocks // (config.warps * config.blocks))
+    row_groups = -(-tiles // config.tiles)
+    grid = min(row_groups, multiprocessors(x.device.index) * config.per_sm)
+    tokens = columns(work.tokens)
+    per_group = config.warps * (16 * config.tiles + (2 if work.axis == 0 else 0)) * tokens * 4
+    sums = config.warps * config.blocks * 4 * max(tokens, 8) * 4
+    batch = max(1, min(-(-row_groups // grid), (_SHARED_BYTES - sums) // per_group))
+    groups = work.group_size // 16 if work.axis == 0 else meta.shape[1]
+    kernel(work.dtype, work.bits, work.axis, _group(work), tokens, config._replace(per_sm=0)).launch(
+        x.device.index,
+        (grid, 1, 1),
+        (32 * config.warps, 1, 1),
+        (
+            x.data_ptr(),
+            codes.data_ptr(),
+            meta.data_ptr(),
+            rows.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            work.N,
+            work.K,
+            tiles,
+            blocks,
+            groups,
+            sweeps,
+            batch,
+        ),
+        shared=batch * per_group + sums,
+        pdl=True,
+    )
+
+
+@cache
+def kernel(dtype: torch.dtype, bits: int, axis: int, group: int, tokens: int, config: GemvConfig) -> Kernel:
+    """Return the compiled variant."""
+    defines = {
+        "ELEMENT": "F16" if dtype == torch.float16 else "BF16",
+        "CODE_BITS": bits,
+        "AXIS": axis,
+        "GROUP": group,
+        "TOKENS": tokens,
+        "TILES": config.tiles,
+        "WARPS": config.warps,
+        "BLOCKS": config.blocks,
+        "RESIDENT": config.resident,
+    }
+    return Kernel("gemv.cu", "gemv", "PPPPPPiiiiiiii", defines)
+
+
+def _group(work: GemvWork) -> int:
+    # Groups down the outputs and whole rows make no difference to the code.
+    return 0 if work.axis == 0 or work.group_size == work.K else work.group_size
+
+
+def _blocks(codes: Tensor, bits: int) -> int:
+    # A block of 64 inputs takes `bits` words of each of the 32 lanes.
+    return codes.shape[1] * codes.shape[2] * codes.shape[3] * codes.shape[4] // (32 * bits)
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    """Return how many multiprocessors CUDA device `device` has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

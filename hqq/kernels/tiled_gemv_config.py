@@ -1,0 +1,98 @@
+"""How the kernel for few tokens cuts its work: sizes chosen by shape, bits and tokens, as measured on an H200."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from hqq.kernels.tile_layout import BLOCK_INPUTS, TILE_ROWS, chunk_blocks
+
+_MOST_WARPS = 16
+_FEW_ROW_TILES = 4  # for each multiprocessor
+_LONG = 8192  # inputs
+_REGISTERS = 65536  # of a multiprocessor
+_FEWEST_REGISTERS = 64  # of a thread; fewer would spill
+
+
+class GemvConfig(NamedTuple):
+    """How the kernel cuts its work.
+
+    tiles: row tiles (16 outputs) that a warp multiplies at a time. warps: of a block; they share the inputs.
+    blocks: blocks of 64 inputs that a warp has at a time. per_sm: thread blocks for each multiprocessor.
+    resident: thread blocks that registers must suffice for; more than per_sm leaves room for the next kernel, whose
+    first weights can then arrive while this one ends.
+    """
+
+    tiles: int
+    warps: int
+    blocks: int
+    per_sm: int
+    resident: int
+
+
+class GemvWork(NamedTuple):
+    """What a launch computes, as far as its configuration depends on it."""
+
+    dtype: torch.dtype
+    bits: int
+    axis: int
+    group_size: int
+    N: int
+    K: int
+    tokens: int
+
+
+def columns(tokens: int) -> int:
+    """Return how many tokens the kernel that takes `tokens` is compiled for."""
+    return next(size for size in (1, 2, 4, 8, 16) if size >= tokens)
+
+
+def choose_gemv(work: GemvWork, multiprocessors: int) -> GemvConfig:
+    """Return the configuration for `work`; `candidates` has those it was chosen from."""
+    row_tiles = -(-work.N // TILE_ROWS)
+    few = row_tiles < _FEW_ROW_TILES * multiprocessors
+    tokens = columns(work.tokens)
+    if tokens >= 8:
+        # x of so many tokens takes most registers.
+        tiles, blocks, per_sm = (1, 4, 2) if work.axis == 1 else (2, 4 if tokens == 8 else 2, 1)
+    elif tokens > 1:
+        tiles, blocks, per_sm = (2, 4, 1)
+    elif few:
+        tiles = 1 if work.bits == 4 and work.axis == 1 else 2
+        blocks, per_sm = (8 if work.K > _LONG else 4), 1
+    elif work.bits == 8:
+        tiles, blocks, per_sm = (2, 4, 1)
+    elif work.bits == 4 and work.axis == 1:
+        tiles, blocks, per_sm = (1, 8, 3)
+    else:
+        tiles, blocks, per_sm = (4 if work.bits == 2 else 2, 8, 2)
+    return _fitted(work, tiles, blocks, per_sm)
+
+
+def candidates(work: GemvWork, multiprocessors: int) -> list[GemvConfig]:
+    """Return the configurations worth measuring for `work`, the chosen one first."""
+    found = [choose_gemv(work, multiprocessors)]
+    for tiles in (1, 2, 4):
+        for blocks in (4, 8):
+            for per_sm in (1, 2, 3):
+                config = _fitted(work, tiles, blocks, per_sm)
+                if config not in found:
+                    found.append(config)
+    return found
+
+
+def _fitted(work: GemvWork, tiles: int, blocks: int, per_sm: int) -> GemvConfig:
+    """Return a configuration whose warps divide the inputs evenly and whose row tiles share what they must."""
+    members = work.group_size // TILE_ROWS if work.axis == 0 else tiles
+    while members % tiles:  # axis=0: all row tiles of a warp have one group's scales
+        tiles //= 2
+    blocks = max(blocks, chunk_blocks(work.bits))
+    slices = -(-work.K // (blocks * BLOCK_INPUTS))
+    most = max(1, _MOST_WARPS // per_sm) if per_sm < 3 else 8
+    sweeps = -(-slices // most)
+    warps = -(-slices // sweeps)
+    # Small weights fill a multiprocessor with more blocks instead.
+    per_sm = max(per_sm, min(8, _MOST_WARPS // warps))
+    resident = min(per_sm, _REGISTERS // (32 * warps * _FEWEST_REGISTERS))
+    return GemvConfig(tiles, warps, blocks, per_sm, resident)

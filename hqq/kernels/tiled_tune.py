@@ -1,0 +1,95 @@
+"""Which configuration of the kernel for few tokens a product gets: measured here before, or chosen by shape."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+import hqq
+from hqq.kernels.tiled_gemv import launch_gemv, multiprocessors
+from hqq.kernels.tiled_gemv_config import GemvConfig, GemvWork, candidates, choose_gemv, columns
+from hqq.kernels.tiled_weight import TiledWeight
+from hqq.kernels.tune_cache import TuneCache
+
+# So that weights come from memory, not from the cache of a GPU.
+_ROTATED_BYTES = 256 << 20
+_REPLAYS = 9
+
+
+def gemv_config(work: GemvWork, device: torch.device) -> GemvConfig:
+    """Return the measured configuration for `work` on `device` if `tune` has kept one, else the chosen one."""
+    return _config(work._replace(tokens=columns(work.tokens)), device.index or 0)
+
+
+@cache
+def _config(work: GemvWork, device: int) -> GemvConfig:
+    kept = _cache(device).get(_key(work))
+    if kept is not None and len(kept) == len(GemvConfig._fields):
+        return GemvConfig(*kept)
+    return choose_gemv(work, multiprocessors(device))
+
+
+@cache
+def _cache(device: int) -> TuneCache:
+    name = torch.cuda.get_device_name(device)
+    return TuneCache("gemv", f"{name} CUDA {torch.version.cuda} hqq {hqq.__version__}")
+
+
+def _key(work: GemvWork) -> str:
+    return ",".join(str(value).removeprefix("torch.") for value in work)
+
+
+def tune(
+    weight: TiledWeight, tokens: int, report: Callable[[GemvConfig, float], None] | None = None
+) -> GemvConfig:
+    """Measure the configurations for `tokens` tokens with `weight`, keep the fastest on disk and return it.
+
+    `report` is called with each configuration and its microseconds. The weight is on a CUDA device.
+    """
+    N, K = weight.spec.shape
+    work = GemvWork(weight.dtype, weight.bits, weight.spec.axis, weight.group_size, N, K, columns(tokens))
+    device = weight.device.index
+    copies = [weight.codes]
+    while len(copies) * weight.codes.nbytes < _ROTATED_BYTES:
+        copies.append(weight.codes.clone())
+    x = torch.randn(work.tokens, K, device=weight.device).to(weight.dtype)
+    out = x.new_empty((work.tokens, N))
+    times: dict[GemvConfig, float] = {}
+    for config in candidates(work, multiprocessors(device)):
+        times[config] = _microseconds(partial(_launch, work, config, x, weight, out), copies)
+        if report is not None:
+            report(config, times[config])
+    best = min(times, key=lambda config: times[config])
+    _cache(device).put(_key(work), best)
+    _config.cache_clear()
+    return best
+
+
+def _launch(
+    work: GemvWork, config: GemvConfig, x: Tensor, weight: TiledWeight, out: Tensor, codes: Tensor
+) -> None:
+    launch_gemv(work, config, x, codes, weight.meta, weight.rows, None, out)
+
+
+def _microseconds(launch: Callable[[Tensor], None], copies: list[Tensor]) -> float:
+    """Return the median time of a launch in replays of a CUDA graph that takes the copies in turn."""
+    for codes in copies:
+        launch(codes)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for codes in copies:
+            launch(codes)
+    times: list[float] = []
+    for _ in range(_REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / len(copies))
+    return statistics.median(times)

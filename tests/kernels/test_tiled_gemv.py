@@ -1,0 +1,126 @@
+"""The kernel for few tokens on the host: its own source, on small shapes, against the exact product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from hqq.kernels import tiled_gemv
+from hqq.kernels.tiled_gemv_config import GemvConfig, GemvWork, candidates, choose_gemv
+from hqq.kernels.tiled_weight import TiledWeight
+from tests.kernels.cuda_on_host.host_kernel import compiler
+from tests.kernels.cuda_on_host.launchers import kernels_on_host
+from tests.kernels.tiled import LIMIT, exact, random_qtensor
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
+
+
+@pytest.fixture(autouse=True)
+def on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tiled_gemv, "multiprocessors", lambda device: 3)
+    with kernels_on_host(tiled_gemv):
+        yield
+
+
+def product_error(
+    bits: int,
+    axis: int,
+    group_size: int | None,
+    shape: tuple[int, int],
+    M: int,
+    config: GemvConfig,
+    dtype: torch.dtype,
+    joined: int = 1,
+) -> float:
+    parts = [random_qtensor(bits, *shape, axis, group_size, dtype) for _ in range(joined)]
+    weight = TiledWeight.cat([TiledWeight.from_qtensor(q, dtype) for q in parts])
+    N, K = weight.spec.shape
+    x, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)
+    guarded = torch.full((M + 2, N), float("nan"), dtype=dtype)
+    work = GemvWork(dtype, bits, axis, weight.group_size, N, K, M)
+    tensors = weight.codes, weight.meta, weight.rows, bias
+    tiled_gemv.launch_gemv(work, config, x, *tensors, guarded[1:-1])
+    assert guarded[0].isnan().all()
+    assert guarded[-1].isnan().all()
+    expected = x.double() @ torch.cat([exact(q) for q in parts]).T + bias.double()
+    return float((guarded[1:-1].double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
+def test_one_token(bits: int, axis: int, dtype: torch.dtype) -> None:
+    # Inputs that fill neither a chunk nor a warp's slice, and row tiles that do not fill the last group of two.
+    config = GemvConfig(tiles=2, warps=2, blocks=4, per_sm=1, resident=1)
+    assert product_error(bits, axis, 32, (96, 352), 1, config, dtype) <= LIMIT[dtype]
+
+
+@pytest.mark.parametrize("M", [2, 3, 7, 8, 13])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_several_tokens(axis: int, M: int) -> None:
+    config = GemvConfig(tiles=1, warps=2, blocks=2, per_sm=2, resident=1)
+    assert product_error(4, axis, 64, (128, 320), M, config, torch.bfloat16) <= LIMIT[torch.bfloat16]
+
+
+@pytest.mark.parametrize("M", [1, 4, 8])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, None])
+def test_group_sizes_of_rows(group_size: int | None, M: int) -> None:
+    # With 8 tokens there are as many columns as tokens, so a block of 64 inputs takes a pass for each group in it.
+    config = GemvConfig(tiles=1, warps=1, blocks=4, per_sm=1, resident=1)
+    assert product_error(4, 1, group_size, (32, 384), M, config, torch.float16) <= LIMIT[torch.float16]
+
+
+@pytest.mark.parametrize("group_size", [16, 48, 128, None])
+def test_group_sizes_of_columns(group_size: int | None) -> None:
+    config = GemvConfig(tiles=1, warps=2, blocks=4, per_sm=1, resident=1)
+    assert product_error(2, 0, group_size, (384, 192), 2, config, torch.float16) <= LIMIT[torch.float16]
+
+
+def test_several_sweeps_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Twelve row tiles for three blocks, with shared memory for the sums of one or two at a time.
+    monkeypatch.setattr(tiled_gemv, "_SHARED_BYTES", 2600)
+    config = GemvConfig(tiles=1, warps=2, blocks=2, per_sm=1, resident=1)
+    for axis in (0, 1):
+        assert product_error(4, axis, 64, (192, 640), 4, config, torch.bfloat16) <= LIMIT[torch.bfloat16]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_joined_weights(axis: int) -> None:
+    config = GemvConfig(tiles=2, warps=2, blocks=4, per_sm=1, resident=1)
+    assert product_error(4, axis, 32, (64, 256), 1, config, torch.float16, joined=3) <= LIMIT[torch.float16]
+
+
+def test_rows_that_do_not_fill_a_tile() -> None:
+    config = GemvConfig(tiles=1, warps=1, blocks=4, per_sm=1, resident=1)
+    assert product_error(4, 1, 64, (40, 256), 2, config, torch.float16) <= LIMIT[torch.float16]
+
+
+def test_small_scales_keep_their_digits() -> None:
+    """axis=0 multiplies x by the scale in float16: a scale near the smallest normal number must not cost digits."""
+    q = random_qtensor(4, 64, 256, 0, 64, torch.float16)
+    q.scale *= 2**-9
+    weight = TiledWeight.from_qtensor(q, torch.float16)
+    x, out = torch.randn(1, 256).half(), torch.full((1, 64), float("nan"), dtype=torch.float16)
+    work = GemvWork(torch.float16, 4, 0, 64, 64, 256, 1)
+    config = GemvConfig(tiles=1, warps=2, blocks=4, per_sm=1, resident=1)
+    tiled_gemv.launch_gemv(work, config, x, weight.codes, weight.meta, weight.rows, None, out)
+    expected = x.double() @ exact(q).T
+    # What is left is the rounding of results this small to float16.
+    assert (out.double() - expected).abs().max() <= 2e-3 * expected.abs().max() + 2**-25
+
+
+def test_configurations_are_possible() -> None:
+    """Every configuration that is chosen or measured has whole chunks, and row tiles that share what they must."""
+    for bits in (8, 4, 3, 2, 1):
+        for axis, group_size in ((1, 64), (0, 16), (0, 48), (0, 64)):
+            for N, K in ((28672, 4096), (4096, 14336), (256, 640), (768, 64)):
+                for tokens in (1, 2, 8, 16):
+                    work = GemvWork(torch.bfloat16, bits, axis, group_size, N, K, tokens)
+                    assert choose_gemv(work, 132) in candidates(work, 132)
+                    for config in candidates(work, 132):
+                        assert config.blocks % {8: 1, 4: 1, 2: 2, 3: 4, 1: 4}[bits] == 0
+                        assert axis == 1 or group_size // 16 % config.tiles == 0
+                        assert 32 * config.warps * config.per_sm <= 2048
+                        assert 1 <= config.warps <= 32
