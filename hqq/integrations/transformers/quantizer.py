@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
+from hqq.core.experts import HQQExperts
 from hqq.core.modules import name_modules
 from hqq.errors import CheckpointError, ConfigError
 from hqq.integrations.transformers.adopt import state_without_aliases
 from hqq.integrations.transformers.finish import finish
 from hqq.integrations.transformers.session import Session
 
+# The attribute of the quantiser with the device_map of the model that is being loaded.
+_DEVICE_MAP = "_hqq_device_map"
 # Bits that scale and zero add to each weight of a group, for the estimate of how much room a layer needs.
 _STAT_BITS = 32
 
@@ -24,6 +28,8 @@ def validate_environment(self: Any, *args: Any, **kwargs: Any) -> None:
             "got a device_map that puts layers on disk, from where HQQ layers cannot be read one by one; "
             "map them to GPUs or to the CPU"
         )
+    # Called again with what "auto" comes to.
+    setattr(self, _DEVICE_MAP, device_map)
 
 
 def param_needs_quantization(self: Any, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -74,8 +80,22 @@ def after_loading(self: Any, model: nn.Module, **kwargs: Any) -> nn.Module:
         finish(session)
     finally:
         session.end()
+    refuse_offloaded_experts(model, getattr(self, _DEVICE_MAP, None))
     keep_reversible(model)
     return model
+
+
+def refuse_offloaded_experts(model: nn.Module, device_map: object) -> None:
+    """Raise ConfigError if a model on GPUs has fused experts on the CPU: only layers that are called are fetched."""
+    places = set(device_map.values()) if isinstance(device_map, Mapping) else set()
+    if not places - {"cpu", torch.device("cpu")}:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, HQQExperts) and module.device.type == "cpu":
+            raise ConfigError(
+                f"got a device_map that leaves the fused experts {name} on the CPU beside GPUs, from where they "
+                "cannot be fetched for each call; map them to GPUs (see max_memory), or the whole model to the CPU"
+            )
 
 
 def refuse_quantized_files(checkpoint_files: list[str] | None) -> None:

@@ -612,6 +612,17 @@ class TestBadInput:
         with pytest.raises(HQQError, match=r"group_size=48.*use one of"):
             open_model(folders("llama"), quantization_config=config(4, 48))
 
+    @pytest.mark.skipif(not FUSED, reason="experts are linear layers before transformers 5")
+    def test_experts_on_the_cpu_beside_gpus(self, folders: Any) -> None:
+        from hqq.integrations.transformers.quantizer import refuse_offloaded_experts
+
+        model = open_model(folders("mixtral"), quantization_config=config())
+        for device_map in (None, "auto", {"": "cpu"}, {"model": "cpu", "lm_head": torch.device("cpu")}):
+            refuse_offloaded_experts(model, device_map)
+        for place in (0, "cuda:0", torch.device("cuda", 1)):
+            with pytest.raises(HQQError, match=r"layers\.0.*experts\.\w+_proj on the CPU"):
+                refuse_offloaded_experts(model, {"model.layers.0": "cpu", "model.layers.1": place})
+
     def test_experts_of_another_number(self, folders: Any, tmp_path: Path) -> None:
         if not FUSED:
             pytest.skip("experts are linear layers before transformers 5")
