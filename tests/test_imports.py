@@ -29,6 +29,7 @@ FACADES = ("hqq.engine", "hqq.utils", "hqq.core.quantize", "hqq.core.optimize", 
 REGISTRIES = {
     "__init__.py": "the lazy public names",
     "core/backend.py": "finds a backend by name; a backend needs the layer below it, not the other way round",
+    "core/choice.py": "finds a backend that multiplies by name, as core/backend.py does",
     "core/solvers/fused.py": "finds a device's solver kernels by name, as core/backend.py finds backends",
     "core/solvers/feedback_round.py": "finds a device's kernel by name, as core/solvers/fused.py does",
     "core/hooks.py": "installs the repair of a library once that library has been imported by someone else",
@@ -53,6 +54,7 @@ OPTIONAL = {
 
 # Files that are not named after the optional library they import.
 ALLOWED = {
+    "backends/marlin.py": ({"vllm"}, "the package whose Marlin kernels can be called"),
     "kernels/": ({"triton"}, "what this folder is written in"),
     "models/load.py": (
         {"huggingface_hub", "transformers"},

@@ -95,6 +95,8 @@ class PreparedMixin(nn.Module):
         self._selection = None
         if prepared is not None:
             self.hold(prepared)
+        else:
+            self.selection()  # type: ignore[operator]  # chosen now: a graph that is being compiled cannot
         return self._preparation
 
     def _arranged(self: QuantizedModule, choice: Choice) -> PreparedWeight | None:  # type: ignore[misc]
