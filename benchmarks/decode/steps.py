@@ -18,7 +18,8 @@ _KINDS = {
     "attention": "_attention_kernel",
     "join": "_join_kernel",
     "activation": "_silu_mul_kernel",
-    "argmax": "_argmax_kernel",
+    "choice": "_choose_kernel",
+    "limits": "_survey_kernel|_limit_kernel",
     "embedding": "indexSelect|index_select|embedding|gather",
 }
 
@@ -102,7 +103,7 @@ _PRODUCTS = {
     ("join", "norm"): "o",
     ("norm", "activation"): "gate_up",
     ("activation", "norm"): "down",
-    ("norm", "argmax"): "lm_head",
+    ("norm", "choice"): "lm_head",
 }
 
 

@@ -218,13 +218,14 @@ def test_attention_stays_within_the_cache(rng: torch.Generator, device: torch.de
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "V"), [(1, 50), (5, 2051), (64, 1024)])
-def test_greedy_advance(
+def test_the_likeliest_token(
     rows: int, V: int, dtype: torch.dtype, rng: torch.Generator, device: torch.device
 ) -> None:
     from hqq.kernels.decode_advance import Rows
-    from hqq.kernels.decode_argmax import ArgmaxSpace, greedy_advance
+    from hqq.kernels.decode_choose import ChoiceSpace, choose_next
+    from hqq.kernels.decode_logits import Filters
 
-    space = ArgmaxSpace.make(rows, V, device)
+    space = ChoiceSpace.make(rows, V, device)
     # Few values: ties in most rows.
     logits = torch.randint(-40, 9, (rows, V), generator=rng).to(device, dtype)
     best = [row.index(max(row)) for row in logits.tolist()]
@@ -236,7 +237,8 @@ def test_greedy_advance(
     positions = torch.randint(0, 10, (rows,), generator=rng, dtype=torch.int32).to(device)
     places = positions.tolist()
     for step in range(2):
-        greedy_advance(logits, Rows(token, finished, ids, positions, ends, V + 1), space)
+        rows_of_it = Rows(token, finished, ids, positions, ends, V + 1)
+        choose_next(logits, rows_of_it, Filters(), None, None, space)
         expected = [V + 1 if done else index for done, index in zip(over, best, strict=True)]
         assert token[:, 0].tolist() == expected
         places = [place + 1 for place in places]

@@ -32,7 +32,7 @@ using P = Packing<BITS>;
 using S = Scales<T, AXIS, GROUP>;
 constexpr int CODE_BYTES = SPAN / P::CHUNK_BLOCKS * P::CHUNK_BYTES, META_BYTES = SPAN * S::BLOCK_BYTES;
 constexpr int TILE_BYTES = CODE_BYTES + META_BYTES, SPAN_BYTES = BLOCK_TILES * TILE_BYTES;
-static_assert(SPAN % P::CHUNK_BLOCKS == 0, "a span is whole chunks");
+static_assert(SPAN % P::CHUNK_BLOCKS == 0 && SPAN * BLOCKS % 2 == 0, "a span is whole chunks, and two registers take turns");
 constexpr int EXCHANGE_TOKENS = TOKENS < 32 ? TOKENS : 32;
 constexpr int EXCHANGE_BYTES = AXIS == 0 ? EXCHANGE_TOKENS * TILE_ROWS * WARPS * 2 : WARPS * 512;
 constexpr int CODES_AT = STAGES * STAGE_BYTES, EXCHANGE_AT = CODES_AT + DEPTH * SPAN_BYTES;
@@ -254,22 +254,19 @@ HQQ_INLINE void collect(float (&sum)[BLOCKS][SUMS], float* partial, const int* f
 }
 
 // ---- products -----------------------------------------------------------------------------------------------------
-template <int STEP = 0>
-HQQ_INLINE void dequantise(uint32_t (&a)[STEPS_OF_BLOCK][4], const uint32_t (&word)[BITS], const S& scales) {
-    if constexpr (STEP < STEPS_OF_BLOCK) {
-        weights<T, BITS, STEP>(a[STEP], word, scales);
-        dequantise<STEP + 1>(a, word, scales);
-    }
-}
+// Each instruction of 16 inputs is followed by the dequantisation that the same instruction of the next tile or block
+// needs, so that tensor cores work meanwhile; each two in a row have registers of their own for a. At most RUNNING
+// instructions are under way: fewer than would reach back to the registers that are written.
+constexpr int RUNNING = 3;
 
-// Products run while the next weights are dequantised, so each two in a row need registers of their own for a.
 struct Multiplier {
     Ring<STAGES> x;
     Ring<DEPTH> codes;
     uint32_t x_at;
     const unsigned char* codes_at;
     int lane, unreleased;
-    uint32_t a[2][STEPS_OF_BLOCK][4];
+    uint32_t a[2][STEPS_OF_BLOCK][4], word[BITS];
+    S scales;
 
     HQQ_INLINE Multiplier(unsigned char* shared, int warp, int l)
         : x(smem_u32(shared) + BARRIERS_AT),
@@ -279,7 +276,7 @@ struct Multiplier {
           lane(l),
           unreleased(-1) {}
 
-    HQQ_INLINE void release(int slot) const {
+    HQQ_INLINE void release_x(int slot) const {
         if constexpr (CLUSTER == 1) {
             if (lane == 0) mbarrier_arrive(x.empty + 8 * slot);
         } else {
@@ -287,50 +284,89 @@ struct Multiplier {
         }
     }
 
-    // Tile B of this warp and block BLOCK of a span whose first block is `first`.
-    template <int BLOCK, int B>
-    HQQ_INLINE void product(float (&sum)[BLOCKS][SUMS], int first) {
-        constexpr int BUFFER = (BLOCK * BLOCKS + B) % 2;
+    HQQ_INLINE void release_codes() {
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(codes.empty + 8 * codes.slot);
+        codes.next();
+    }
+
+    // Codes and scales of pair PAIR (blocks, and tiles of a block) of the span, whose first block is `first`.
+    template <int PAIR>
+    HQQ_INLINE void read(int first) {
+        constexpr int BLOCK = PAIR / BLOCKS, B = PAIR % BLOCKS;
         const unsigned char* tile = codes_at + codes.slot * SPAN_BYTES + B * (WARPS * TILE_BYTES);
-        uint32_t word[BITS];
-        S scales;
         read_block<BITS>(word, tile + BLOCK / P::CHUNK_BLOCKS * P::CHUNK_BYTES, BLOCK % P::CHUNK_BLOCKS, lane);
         scales.read(tile + CODE_BYTES + (S::offset(first + BLOCK) - S::offset(first)), lane);
         scales.fold();
-        dequantise(a[BUFFER], word, scales);
-        if (B == 0) x.wait_full();
-        const uint64_t columns = wgmma_descriptor(x_at + x.slot * STAGE_BYTES);
-        wgmma_fence();
-#pragma unroll
-        for (int s = 0; s < STEPS_OF_BLOCK; ++s) {
-            const uint32_t(&r)[4] = a[BUFFER][s];
-            wgmma<T, TOKENS>(sum[B], r[0], r[1], r[2], r[3], columns + 2 * s);
-        }
-        wgmma_commit();
-        wgmma_wait<1>();
-        if (B == 0) {
-            if (unreleased >= 0) release(unreleased);
-            unreleased = x.slot;
+    }
+
+    template <int STEP = 0>
+    HQQ_INLINE void dequantise() {
+        if constexpr (STEP < STEPS_OF_BLOCK) {
+            weights<T, BITS, STEP>(a[0][STEP], word, scales);
+            dequantise<STEP + 1>();
         }
     }
 
-    template <int BLOCK, int B = 0>
-    HQQ_INLINE void tiles(float (&sum)[BLOCKS][SUMS], int first) {
-        if constexpr (B < BLOCKS) {
-            product<BLOCK, B>(sum, first);
-            tiles<BLOCK, B + 1>(sum, first);
+    // The first pair of a piece: nothing runs yet.
+    HQQ_INLINE void begin(int first) {
+        codes.wait_full();
+        read<0>(first);
+        dequantise();
+    }
+
+    template <int PAIR, int STEP = 0>
+    HQQ_INLINE void steps(float (&sum)[SUMS], uint64_t columns) {
+        if constexpr (STEP < STEPS_OF_BLOCK) {
+            const uint32_t(&now)[4] = a[PAIR % 2][STEP];
+            wgmma_fence();
+            wgmma<T, TOKENS>(sum, now[0], now[1], now[2], now[3], columns + 2 * STEP);
+            wgmma_commit();
+            wgmma_wait<RUNNING>();
+            weights<T, BITS, STEP>(a[(PAIR + 1) % 2][STEP], word, scales);
+            steps<PAIR, STEP + 1>(sum, columns);
         }
     }
 
-    // A whole span; BRANCH: only its first `count` blocks.
-    template <bool BRANCH, int BLOCK = 0>
-    HQQ_INLINE void span(float (&sum)[BLOCKS][SUMS], int first, int count) {
-        if constexpr (BLOCK < SPAN) {
-            if (BRANCH && BLOCK >= count) return;
-            tiles<BLOCK>(sum, first);
-            if constexpr (BRANCH) wgmma_wait<0>();
-            x.next();
-            span<BRANCH, BLOCK + 1>(sum, first, count);
+    HQQ_INLINE void next_x() {
+        if (unreleased >= 0) release_x(unreleased);
+        unreleased = x.slot;
+        x.next();
+    }
+
+    // A whole span. `more`: another one of the same output tile follows.
+    template <int PAIR = 0>
+    HQQ_INLINE void span(float (&sum)[BLOCKS][SUMS], int first, bool more) {
+        if constexpr (PAIR < SPAN * BLOCKS) {
+            if constexpr (PAIR + 1 < SPAN * BLOCKS) {
+                read<PAIR + 1>(first);
+            } else {
+                release_codes();
+                if (more) codes.wait_full();
+                read<0>(first + SPAN);  // what nobody uses, if there is no more
+            }
+            if (PAIR % BLOCKS == 0) x.wait_full();
+            steps<PAIR>(sum[PAIR % BLOCKS], wgmma_descriptor(x_at + x.slot * STAGE_BYTES));
+            if (PAIR % BLOCKS == BLOCKS - 1) next_x();
+            span<PAIR + 1>(sum, first, more);
+        }
+    }
+
+    // The first `count` blocks of a span, one after the other.
+    template <int PAIR = 0>
+    HQQ_INLINE void part_of_span(float (&sum)[BLOCKS][SUMS], int first, int count) {
+        if constexpr (PAIR < SPAN * BLOCKS) {
+            if (PAIR < count * BLOCKS) {
+                wgmma_wait<0>();
+                read<PAIR>(first);
+                dequantise();
+                if (PAIR % BLOCKS == 0) x.wait_full();
+                steps<0>(sum[PAIR % BLOCKS], wgmma_descriptor(x_at + x.slot * STAGE_BYTES));
+                if (PAIR % BLOCKS == BLOCKS - 1) next_x();
+            }
+            part_of_span<PAIR + 1>(sum, first, count);
+        } else {
+            release_codes();
         }
     }
 
@@ -338,7 +374,7 @@ struct Multiplier {
         wgmma_wait<0>();
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) wgmma_touch(sum[b]);
-        if (unreleased >= 0) release(unreleased);
+        if (unreleased >= 0) release_x(unreleased);
         unreleased = -1;
     }
 };
@@ -359,19 +395,11 @@ HQQ_INLINE void multiply(const Weight& w, const Output& out, const Work& work, f
             for (int n = 0; n < SUMS; ++n) sum[b][n] = 0.0f;
             wgmma_touch(sum[b]);
         }
+        multiplier.begin(span * SPAN);
+        const int whole = (span + count) * SPAN <= w.blocks ? count : count - 1;
 #pragma unroll 1
-        for (int i = 0; i < count; ++i) {
-            const int first = (span + i) * SPAN, blocks = w.blocks - first;
-            multiplier.codes.wait_full();
-            if (blocks >= SPAN)
-                multiplier.span<false>(sum, first, SPAN);
-            else
-                multiplier.span<true>(sum, first, blocks);
-            // The next span begins with the first buffer of a.
-            if (SPAN * BLOCKS % 2 != 0) wgmma_wait<0>();
-            if (lane == 0) mbarrier_arrive(multiplier.codes.empty + 8 * multiplier.codes.slot);
-            multiplier.codes.next();
-        }
+        for (int i = 0; i < whole; ++i) multiplier.span(sum, (span + i) * SPAN, i + 1 < count);
+        if (whole < count) multiplier.part_of_span(sum, (span + whole) * SPAN, w.blocks % SPAN);
         multiplier.finish(sum);
 
         if (!waited) pdl_wait(), waited = true;

@@ -11,11 +11,11 @@ from torch import Tensor
 from hqq.backends.merge import Projections
 from hqq.errors import BackendError
 from hqq.kernels.decode_advance import Rows
-from hqq.kernels.decode_argmax import ArgmaxSpace, greedy_advance
 from hqq.kernels.decode_attention import AttentionSpace, HeadNorm, decode_attention
+from hqq.kernels.decode_choose import ChoiceSpace, choose_next
+from hqq.kernels.decode_logits import Filters
 from hqq.kernels.decode_mlp import silu_mul
 from hqq.kernels.decode_norm import add_norm
-from hqq.kernels.decode_sample import Filters, sample_advance, sample_space
 from hqq.models.generation.family import Family, Layer, Norm
 from hqq.models.generation.sampling import Sampling
 
@@ -62,8 +62,7 @@ class FusedStep:
         self._layers = [_with_cache(layer, *pair) for layer, pair in zip(family.layers, cache, strict=True)]
         self._cos, self._sin = family.rotation(length)
         self._space = AttentionSpace.make(batch, kv_heads, family.heads // kv_heads, head, length, device)
-        self._argmax: ArgmaxSpace | None = None
-        self._sampled: Tensor | None = None
+        self._space_to_choose: ChoiceSpace | None = None
         self.begins = torch.zeros(batch, dtype=torch.int32, device=device)
         self.positions = torch.zeros(batch, dtype=torch.int32, device=device)
 
@@ -93,14 +92,8 @@ class FusedStep:
 
         noise and seen [B, V]: see `Sampling`.
         """
-        count, V = logits.shape
-        if not sampling.draws and not sampling.remembers:
-            if self._argmax is None:
-                self._argmax = ArgmaxSpace.make(count, V, logits.device)
-            greedy_advance(logits, rows, self._argmax)
-            return
-        if self._sampled is None:
-            self._sampled = sample_space(count, V, logits.device)
+        if self._space_to_choose is None:
+            self._space_to_choose = ChoiceSpace.make(logits.shape[0], logits.shape[1], logits.device)
         filters = Filters(
             draw=sampling.draws,
             temperature=sampling.temperature,
@@ -109,7 +102,7 @@ class FusedStep:
             min_p=sampling.min_p,
             penalty=sampling.repetition_penalty if sampling.remembers else None,
         )
-        sample_advance(logits, rows, filters, noise, seen, self._sampled)
+        choose_next(logits, rows, filters, noise, seen, self._space_to_choose)
 
     def _attention(self, layer: _Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return decode_attention(
