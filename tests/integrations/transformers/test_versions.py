@@ -273,6 +273,7 @@ class TestLoad:
             pytest.skip(
                 "transformers 4 has other parameters of Mamba in float32 with a quantiser than without"
             )
+        from hqq.engine.hf import AutoHQQHFModel
         from hqq.models.checkpoint import save_quantized
         from hqq.models.quantize import quantize_model
 
@@ -286,8 +287,9 @@ class TestLoad:
         given = inputs(model)
         expected = logits(model, given)
         save_quantized(model, tmp_path / "library")
+        AutoHQQHFModel.save_to_safetensors(model, str(tmp_path / "engine"), verbose=False)
         model.save_pretrained(tmp_path / "transformers")
-        for folder in ("library", "transformers"):
+        for folder in ("library", "engine", "transformers"):
             assert_same(open_model(tmp_path / folder), given, expected)
             assert_same(load_quantized(tmp_path / folder), given, expected)
 
