@@ -123,6 +123,20 @@ class PreparedMixin(nn.Module):
                 self._buffers.pop(name, None)
                 self._modules.pop(f"{name}_quantized", None)
 
+    def codes_key(self) -> tuple[object, ...] | None:
+        """Return what is equal for layers over the very same codes, and for no others; None without a weight.
+
+        What is read from a prepared layer is a copy each time, so its address says nothing.
+        """
+        if self._modules.get(_SLOT) is not None and "W_q" not in self._parameters:
+            return (id(self._modules[_SLOT]),)
+        W_q = getattr(self, "W_q", None)
+        if W_q is None:
+            return None
+        if W_q.is_meta or not W_q.numel():
+            return (id(W_q),)
+        return (W_q.data_ptr(), tuple(W_q.shape), W_q.device)
+
     def unprepare(self) -> None:
         """Bring codes, scale, zero and backend back to what they were before `prepare`; nothing if there was none."""
         before = self._preparation

@@ -88,15 +88,17 @@ class QuantizationReport:
 
 def stored_bytes(model: nn.Module) -> int:
     """Return the bytes of every parameter of `model`, scales and zeros included, shared ones once."""
-    seen: set[tuple[int, int]] = set()
+    seen: set[object] = set()
     total = 0
     for module in named_sites(model):
-        sizes = [((id(p), 0), p.nbytes) for p in module._parameters.values() if p is not None]
+        sizes: list[tuple[object, int]] = [
+            (id(p), p.nbytes) for p in module._parameters.values() if p is not None
+        ]
         if isinstance(module, QuantizedModule) and module.is_initialized():
             q = module.qtensor()
             bias = module.bias
-            sizes = [((q.W_q.data_ptr(), q.W_q.nbytes), q.nbytes)]
-            sizes += [((id(bias), 0), bias.nbytes)] if bias is not None else []
+            sizes = [(module.codes_key(), q.nbytes)]
+            sizes += [(id(bias), bias.nbytes)] if bias is not None else []
         for key, size in sizes:
             total += 0 if key in seen else size
             seen.add(key)

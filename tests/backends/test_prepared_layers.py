@@ -347,3 +347,43 @@ def test_only_prepared_layers_hold_weights(kind: Kind, layer: HQQLinear, rng: to
     small.prepare(kind[0])
     with pytest.raises(BackendError, match=rf"got a prepared weight of shape \({N}, {K}\); the layer's is"):
         small.hold(other.prepared)
+
+
+def test_saved_models_are_the_same(kind: Kind, tmp_path: Path, rng: torch.Generator) -> None:
+    """Equal layers, whose copies may come to lie at the same address one after the other, and one that is shared."""
+    from safetensors.torch import load_file
+
+    from hqq.models.checkpoint import save_quantized
+    from hqq.models.report import stored_bytes
+    from hqq.models.sharing import share_weight, sharing_layer
+
+    layers = [layer_of(kind, rng) for _ in range(3)]
+    model = nn.Sequential(*layers, sharing_layer(layers[0], nn.Embedding(N, K)))
+    size, files = stored_bytes(model), []
+    save_quantized(model, tmp_path / "plain")
+    prepare_for_inference(model, backend=kind[0], strict=True)
+    assert stored_bytes(model) == size
+    assert [share_weight(layers[0], other) for other in model] == [True, False, False, True]
+    save_quantized(model, tmp_path / "prepared")
+    for name in ("plain", "prepared"):
+        (file,) = (tmp_path / name).glob("*.safetensors")
+        files.append(load_file(file))
+    assert files[0].keys() == files[1].keys()
+    assert same_state(*files)
+
+
+def test_transformers_saves_every_layer(kind: Kind, rng: torch.Generator) -> None:
+    pytest.importorskip("transformers")
+    from hqq.integrations.transformers.adopt import state_without_aliases
+    from hqq.integrations.transformers.summary import summarize
+
+    model = nn.Sequential(*(layer_of(kind, rng) for _ in range(3)))
+    before, summary = copy.deepcopy(state_without_aliases(model)), summarize(model, {})
+    prepare_for_inference(model, backend=kind[0], strict=True)
+    assert same_state(state_without_aliases(model), before)
+    after = summarize(model, {})
+    assert (after.layers, after.parameters, after.quantized) == (
+        summary.layers,
+        summary.parameters,
+        summary.quantized,
+    )

@@ -50,11 +50,11 @@ def state_without_aliases(model: nn.Module) -> dict[str, Any]:
     safetensors refuses tensors that share memory. Loading ties the layers again.
     """
     state: dict[str, Any] = model.state_dict()
-    first: dict[int, str] = {}
+    first: dict[object, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, QuantizedModule) or module.W_q is None:
+        if not isinstance(module, QuantizedModule) or not module.is_initialized():
             continue
-        if first.setdefault(module.W_q.data_ptr(), name) == name:
+        if first.setdefault(module.codes_key(), name) == name:
             continue
         prefix = f"{name}."
         for key in [key for key in state if key.startswith(prefix) and key != f"{prefix}bias"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -46,18 +47,18 @@ def summarize(model: nn.Module, left: Mapping[str, str]) -> Summary:
     """Return how `model` is stored; `left` says why what is not quantised is not."""
     layers = experts = parameters = quantized = total_bytes = 0
     inside: set[int] = set()
-    seen: set[int] = set()
+    seen: set[object] = set()
     for module in model.modules():
         if not isinstance(module, QuantizedModule) or id(module) in inside:
             continue
         inside.update(id(part) for part in module.modules())
         tensors = [*module.parameters(), *module.buffers()]
-        if module.W_q is None or id(module.W_q) in seen:
+        key = module.codes_key()
+        if key is None or key in seen:
             continue
+        seen.add(key)
         seen.update(id(tensor) for tensor in tensors)
-        count = (
-            module.shape.numel() if isinstance(module, HQQExperts) else module.qtensor().spec.grouping.numel
-        )
+        count = math.prod(module.stored_shape())
         quantized += count
         parameters += count + (0 if module.bias is None else module.bias.numel())
         total_bytes += sum(tensor.nbytes for tensor in tensors)
