@@ -25,8 +25,7 @@ CASES: tuple[Case, ...] = (
     *(
         ("native", dtype, shape, {"nbits": nbits, "axis": axis, "group_size": 64})
         for dtype, shape in ((torch.float16, (256, 512)), (torch.bfloat16, (192, 320)))
-        for nbits in (8, 4, 3, 2, 1)
-        for axis in (1, 0)
+        for nbits, axis in ((8, 0), (4, 1), (4, 0), (3, 1), (2, 0), (1, 1))
     ),
     *(
         ("torchao_int4", torch.bfloat16, shape, {"nbits": nbits, "group_size": group_size})
@@ -35,11 +34,9 @@ CASES: tuple[Case, ...] = (
     ),
     ("torchao_int4", torch.bfloat16, (256, 512), {"nbits": 4, "group_size": 128, "quant_zero": True}),
     ("torchao_int4", torch.bfloat16, (256, 512), {"nbits": 4, "group_size": 256, "view_as_float": True}),
-    *(
-        ("gemlite", dtype, (256, 512), {"nbits": nbits, "group_size": group_size})
-        for dtype in (torch.float16, torch.bfloat16)
-        for nbits, group_size in ((8, 64), (4, 64), (3, 64), (2, 128), (1, None))
-    ),
+    # Few: gemlite tunes each new shape for seconds.
+    ("gemlite", torch.float16, (256, 512), {"nbits": 4, "group_size": 64}),
+    ("gemlite", torch.bfloat16, (256, 512), {"nbits": 3, "group_size": 64}),
 )
 
 
@@ -80,7 +77,7 @@ def test_products_and_the_way_back(case: Case, layer: HQQLinear) -> None:
     assert layer.prepared is not None and layer.prepared.backend == case[0]
     assert same_state(dict(layer.state_dict()), before)
     bound = 1e-2 if case[1] == torch.bfloat16 or case[0] == "gemlite" else 2e-3
-    for M in (1, 3, 16, 70):
+    for M in (1, 70) if case[0] == "gemlite" else (1, 3, 16, 70):
         x = inputs(layer, M)
         y, expected = layer(x), exact(layer, x)
         assert y.dtype == case[1]
