@@ -1,12 +1,13 @@
 """KL divergence and perplexity of a model at each setting, the solvers side by side.
 
     python -m benchmarks.quality [--model PATH] [--text FILE] [--bits 4 3 2] [--group-sizes 64 channel] [--axes 1 0]
-                                 [--solvers als hqq minmax] [--windows 48] [--length 512] [--device cpu]
-                                 [--output FILE] [--picture FILE]
+                                 [--solvers als hqq minmax] [--calibrations none self random] [--seeds 0]
+                                 [--windows 48] [--length 512] [--device cpu] [--output FILE] [--picture FILE]
 
 All linear layers but the head are quantised, scale and zero stored in bfloat16. KL(full || quantised) is in nats a
 token over consecutive windows of the text; errors are standard errors over windows, and those of ratios are of the
-same windows under both solvers. "hqq" is the original's solver, whose results this package reproduces bit for bit.
+same windows under both solvers. Calibration is with the solver als, from each of the seeds. "hqq" is the original's
+solver, whose results this package reproduces bit for bit.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group-sizes", nargs="+", default=["64"], help="numbers, or channel")
     parser.add_argument("--axes", type=int, nargs="+", default=[1, 0])
     parser.add_argument("--solvers", nargs="+", default=["als", "hqq", "minmax"])
+    parser.add_argument("--calibrations", nargs="+", default=["none"], choices=["none", "self", "random"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of text and random tokens")
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
@@ -47,23 +50,37 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rows_of(
-    study: Study, nbits: float, group_size: int | None, axis: int, solvers: list[str]
-) -> list[dict[str, Any]]:
-    """Return one row for each solver at this setting."""
-    nbits = int(nbits) if nbits == int(nbits) else nbits
-    outcomes = {
-        solver: study.judge(Setting(nbits, group_size, axis, solver), torch.bfloat16) for solver in solvers
-    }
+def rows_of(study: Study, settings: list[Setting]) -> list[dict[str, Any]]:
+    """Return one row for each of these settings, which share bits, group size and axis."""
+    outcomes = {setting: study.judge(setting, torch.bfloat16) for setting in settings}
+    baseline = next((outcomes[setting] for setting in settings if setting.solver == BASELINE), None)
     return [
         {
-            "nbits": nbits,
-            "group_size": group_size or "channel",
-            "axis": axis,
-            "solver": solver,
-            **figures(outcome, outcomes.get(BASELINE)),
+            "nbits": setting.nbits,
+            "group_size": setting.group_size or "channel",
+            "axis": setting.axis,
+            "solver": setting.solver,
+            "calibration": setting.calibration,
+            "seed": None if setting.calibration == "none" else setting.seed,
+            **figures(outcome, baseline),
         }
-        for solver, outcome in outcomes.items()
+        for setting, outcome in outcomes.items()
+    ]
+
+
+def settings_of(
+    nbits: float, group_size: int | None, axis: int, arguments: argparse.Namespace
+) -> list[Setting]:
+    """Return what to compare: solvers without data, then calibration."""
+    nbits = int(nbits) if nbits == int(nbits) else nbits
+    settings = []
+    if "none" in arguments.calibrations:
+        settings += [Setting(nbits, group_size, axis, solver) for solver in arguments.solvers]
+    return settings + [
+        Setting(nbits, group_size, axis, "als", calibration, seed)
+        for calibration in arguments.calibrations
+        if calibration != "none"
+        for seed in arguments.seeds
     ]
 
 
@@ -93,9 +110,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     group_sizes = [None if size == "channel" else int(size) for size in arguments.group_sizes]
     for group_size, axis, nbits in itertools.product(group_sizes, arguments.axes, arguments.bits):
-        rows += rows_of(study, nbits, group_size, axis, arguments.solvers)
-        new = table(rows[-len(arguments.solvers) :]).splitlines()
-        print("\n".join(new if len(rows) == len(arguments.solvers) else new[2:]), flush=True)
+        found = rows_of(study, settings_of(nbits, group_size, axis, arguments))
+        new = table(found).splitlines()
+        print("\n".join(new[2:] if rows else new), flush=True)
+        rows += found
     notes = {
         "model": Path(arguments.model).name,
         "text": arguments.text.name,

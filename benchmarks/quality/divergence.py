@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +12,26 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hqq import Calibration, HQQLinear, QuantConfig, quantize_model
 from hqq.core.quantizer import quantize_tensor
+from hqq.models.calibration.text import tokens_for
 
 _BATCH = 4
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How all linear layers but the head are quantised."""
+    """How all linear layers but the head are quantised.
+
+    calibration: "none", "self" or "random". seed: of the text or the random tokens.
+    """
 
     nbits: float
     group_size: int | None
     axis: int
     solver: str
+    calibration: str = "none"
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Study:
         }
         self._full = [self._predict(batch).to("cpu") for batch in self._inputs]
         self.full_nll = self._nll(self._full)
+        self._texts: dict[int, Tensor] = {}
 
     @torch.inference_mode()
     def _predict(self, inputs: Tensor) -> Tensor:
@@ -81,9 +90,14 @@ class Study:
         """Quantise, with scale and zero stored in `dtype`, compare, and put the full weights back."""
         full = {name: layer.weight.data for name, layer in self.layers.items()}
         size = lost = squares = 0.0
+        calibrated = None if setting.calibration == "none" else self._calibrated(setting, dtype)
         try:
             for name, layer in self.layers.items():
-                W, nbytes = quantised(full[name], setting, dtype)
+                if calibrated is None:
+                    W, nbytes = quantised(full[name], setting, dtype)
+                else:
+                    q = cast(HQQLinear, calibrated.get_submodule(name)).qtensor()
+                    W, nbytes = q.dequantize(torch.float32), q.nbytes
                 layer.weight.data = W
                 size += nbytes
                 lost += (W - full[name]).square().sum().item()
@@ -93,6 +107,26 @@ class Study:
             for name, layer in self.layers.items():
                 layer.weight.data = full[name]
         return Outcome(kl, nll, 8 * size / sum(W.numel() for W in full.values()), lost / squares)
+
+    def _calibrated(self, setting: Setting, dtype: torch.dtype) -> nn.Module:
+        """Return a quantised copy of the model."""
+        data: Any = setting.calibration
+        if data == "self":
+            data = self._text(setting.seed)
+        config = QuantConfig(setting.nbits, setting.group_size, setting.axis, solver=setting.solver)
+        model = copy.deepcopy(self.model)
+        calibration = Calibration(data, seed=setting.seed)
+        quantize_model(model, config, calibration=calibration, compute_dtype=dtype, progress=False)
+        return cast(nn.Module, model)
+
+    def _text(self, seed: int) -> Tensor:
+        """Return what the model writes from this seed: what calibration="self" does, but once for all settings."""
+        if seed not in self._texts:
+            widest = max(layer.in_features for layer in self.layers.values())
+            written = tokens_for(self.model, Calibration("self", seed=seed), widest, False)
+            assert written is not None
+            self._texts[seed] = written
+        return self._texts[seed]
 
     def _compare(self) -> tuple[Tensor, Tensor]:
         kl, nll = [], []

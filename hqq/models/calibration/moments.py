@@ -8,7 +8,7 @@ from torch import Tensor
 from hqq.errors import WeightError
 
 # With fewer tokens than this share of its inputs a layer gains nothing (docs/solver.md).
-_LEAST_SHARE = 0.25
+_LEAST_SHARE = 0.125
 _LEAST_TOKENS = 32
 
 

@@ -16,7 +16,7 @@ SELF, RANDOM = "self", "random"
 
 _DAMPING = 0.01
 _RANDOM_DAMPING = 0.3
-_DAMPING_OF_NOISE = 0.5
+_DAMPING_OF_NOISE = 1.0
 
 
 @dataclass(frozen=True)
