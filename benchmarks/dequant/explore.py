@@ -2,7 +2,7 @@
 
 Run: python -m benchmarks.dequant.explore --out FOLDER [--bits 8,4,3,2,1] [--axes 1,0] [--shapes 8192x28672,4096x4096]
 Writes FOLDER/dequant_explore.json and prints, for each case, the fastest configurations and the shipped one. Names are
-block/warps/steps and, after a letter each, stripe, burst@distance, streaming and overlap (see `Config`).
+block/warps/steps and, after a letter each, stripe, burst@distance, phase, streaming, overlap (see `Config`).
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def name_of(config: Config) -> str:
     name = f"{config.block}/{config.warps}/{config.steps}"
     name += f" s{config.stripe}" if config.stripe else ""
     name += f" p{config.burst}@{config.distance}" if config.burst else ""
+    name += f" P{config.phase}" if config.phase else ""
     return name + (" cs" if config.streaming else "") + f" o{config.overlap}"
 
 
@@ -49,13 +50,14 @@ def configurations(shape: Shape, axis: int) -> list[Config]:
 
 
 def _small(axis: int) -> Iterator[Config]:
-    tiles = ((512, 2), (1024, 4), (2048, 4), (2048, 8), (1024, 2))
-    for (block, warps), steps in product(tiles, (1, 2) if axis == 1 else (1, 2, 4)):
-        for overlap in (1, 2) if axis == 1 or block == 1024 else (1,):
+    tiles = ((1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 8))
+    for (block, warps), steps in product(tiles, (1, 2) if axis == 1 else (1, 2, 3, 4)):
+        for overlap in (2, 4):
             yield Config(block, warps, steps, overlap=overlap)
-    for block, warps in tiles:
-        yield Config(block, warps, 1 if axis == 1 else 4, overlap=0)
-    yield Config(2048, 4, 1, streaming=1)
+    for overlap in (0, 1, 3):
+        yield Config(2048, 4, 1, overlap=overlap)
+    for overlap in (1, 4):
+        yield Config(2048, 4, 1, streaming=1, overlap=overlap)
 
 
 def _rows() -> Iterator[Config]:
@@ -64,6 +66,13 @@ def _rows() -> Iterator[Config]:
     for block, warps, steps in ((2048, 4, 1), (2048, 8, 1), (1024, 4, 2)):
         for burst, distance in ((0, 0), (8, 1024), (16, 1024)):
             yield Config(block, warps, steps, 0, burst, distance, 1)
+    for block, warps, burst, phase in (
+        (1024, 4, 8, 2048),
+        (1024, 4, 4, 1584),
+        (1024, 4, 8, 4096),
+        (2048, 8, 4, 1024),
+    ):
+        yield Config(block, warps, 1, 0, burst, phase, 1, phase=phase)
     for streaming, overlap in ((1, 1), (1, 0), (0, 1)):
         yield Config(1024, 4, 1, streaming=streaming, overlap=overlap)
 
@@ -75,6 +84,7 @@ def _columns() -> Iterator[Config]:
         yield Config(1024, 4, 1, 1792, burst, distance, 1)
     yield Config(1024, 4, 1, 1792, streaming=1, overlap=0)
     yield Config(2048, 8, 1, 896, 16, 1024, 1)
+    yield Config(1024, 4, 1, 1792, 16, 1024, 1, phase=1024)
     yield Config(1024, 4, 4)
 
 
