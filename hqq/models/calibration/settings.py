@@ -71,7 +71,9 @@ class Calibration:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigError(f"got {name}={value!r}; expected a whole number of at least {least}")
         if self.damping is not None and not self.damping > 0:
-            raise ConfigError(f"got damping={self.damping!r}; expected a number above 0 such as 0.01, or None")
+            raise ConfigError(
+                f"got damping={self.damping!r}; expected a number above 0 such as 0.01, or None"
+            )
         if not 0 <= self.correction <= 1:
             raise ConfigError(f"got correction={self.correction!r}; expected a number from 0 to 1")
 

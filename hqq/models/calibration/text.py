@@ -90,6 +90,7 @@ def write_text(
     generator = torch.Generator(device).manual_seed(seed)
     latest = torch.randint(vocabulary, (sequences, 1), generator=generator, device=device)
     written, cache = [latest], None
+    finite = torch.ones((), dtype=torch.bool, device=device)
     with progress_bar(length - 1, "Writing text", progress, unit="token") as bar:
         for _ in range(length - 1):
             # A model without a cache of what it has read reads it again.
@@ -97,14 +98,18 @@ def write_text(
             output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
             cache = getattr(output, "past_key_values", None)
             likely = output.logits[:, -1, :vocabulary].float().softmax(-1)
-            if not bool(torch.isfinite(likely).all()):
-                raise WeightError(
-                    "got logits with NaN or infinite values from the full model; it cannot write text. A dtype of "
-                    "larger range, float32 or bfloat16, may help"
-                )
-            latest = torch.multinomial(likely, 1, generator=generator)
+            finite &= torch.isfinite(likely).all()
+            # Of exponential waiting times with these rates the least belongs to a token drawn by them: without a wait
+            # for the device, which torch.multinomial asks for its opinion of the probabilities.
+            waiting = torch.empty_like(likely).exponential_(generator=generator)
+            latest = (likely / waiting).argmax(-1, keepdim=True)
             written.append(latest)
             bar.update()
+    if not bool(finite):
+        raise WeightError(
+            "got logits with NaN or infinite values from the full model; it cannot write text. A dtype of larger "
+            "range, float32 or bfloat16, may help"
+        )
     return torch.cat(written, 1).cpu()
 
 
