@@ -16,9 +16,9 @@ from hqq.models.checkpoint.config_file import (
 from hqq.models.checkpoint.disk import Disk
 from hqq.models.checkpoint.layout import CONFIG, check_format, locate, read_json
 from hqq.models.checkpoint.load import open_source
-from hqq.models.checkpoint.renaming import FileSource
 from hqq.models.checkpoint.safetensors_writer import parse_size, shards_by_size
 from hqq.models.checkpoint.save import write_directory, write_source
+from hqq.models.checkpoint.transformers_names import FileSource
 from hqq.models.quantization_config import quantization_config
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hqq.models.checkpoint.layout import detect_format, locate
 from hqq.models.checkpoint.load import open_source
-from hqq.models.checkpoint.renaming import FileSource
+from hqq.models.checkpoint.transformers_names import FileSource
 from hqq.models.preflight import ErrorsName
 from hqq.models.report import LayerRow
 

@@ -18,10 +18,10 @@ from hqq.core.quantized_module import QuantizedModule
 from hqq.errors import CheckpointError, CorruptCheckpointError, MissingKeysError, ShapeError
 from hqq.models.checkpoint.expected import Slot, check_same, find_slots, match_slots
 from hqq.models.checkpoint.layout import CONFIG, detect_format, locate, read_json
-from hqq.models.checkpoint.renaming import FileSource, RenamedSource, under_names_of
 from hqq.models.checkpoint.safetensors_source import SafetensorsSource
 from hqq.models.checkpoint.skeleton import build_model
 from hqq.models.checkpoint.torch_file import TorchSource
+from hqq.models.checkpoint.transformers_names import FileSource, RenamedSource, under_names_of
 from hqq.models.placement import DeviceMap, Placement, follow_inputs, plan_placement, settle_tensors
 from hqq.models.preflight import ErrorsName
 from hqq.models.quantization_config import attach_config, describe_model
