@@ -20,8 +20,9 @@ def kernels_on_host(*launchers: ModuleType, seed: int = 0, multiprocessors: int 
     with ExitStack() as stack:
         for module in launchers:
             stack.enter_context(patch.object(module, "Kernel", partial(HostKernel, seed=seed)))
-            if hasattr(module, "_multiprocessors"):
-                stack.enter_context(patch.object(module, "_multiprocessors", lambda device: multiprocessors))
+            for name in ("multiprocessors", "_multiprocessors"):
+                if hasattr(module, name):
+                    stack.enter_context(patch.object(module, name, lambda device: multiprocessors))
             # Neither kernels that were made before nor, later, those of the host.
             _clear_caches(module)
             stack.callback(_clear_caches, module)
