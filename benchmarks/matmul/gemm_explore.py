@@ -134,7 +134,7 @@ def short(config: GemmConfig | None) -> str:
     if config is None:
         return "cuBLAS"
     c = config
-    return f"n{c.tokens} b{c.blocks} sp{c.span} d{c.depth} st{c.stages} cl{c.cluster} r{c.resident}"
+    return f"n{c.tokens} b{c.blocks} sp{c.span} d{c.depth} j{c.joint} st{c.stages} s{c.steps} cl{c.cluster} r{c.resident}"
 
 
 def main() -> None:

@@ -20,7 +20,9 @@ class GemmConfig:
         blocks: tiles of 16 output features of a warp; 8 warps share the tokens.
         span: blocks of 64 inputs that codes are copied in at a time; whole chunks.
         depth: such spans in shared memory.
-        stages: blocks of 64 inputs of x in shared memory.
+        joint: blocks of 64 inputs that x is copied in at a time; divides span.
+        stages: such copies in shared memory.
+        steps: matrix instructions of 16 inputs between which nothing is dequantised: 1, 2 or 4.
         cluster: thread blocks that share their copies of x.
         resident: thread blocks on a multiprocessor at a time, 1 or 2.
     """
@@ -29,7 +31,9 @@ class GemmConfig:
     blocks: int = 1
     span: int = 4
     depth: int = 3
+    joint: int = 1
     stages: int = 4
+    steps: int = 4
     cluster: int = 1
     resident: int = 1
 
@@ -44,7 +48,9 @@ class GemmConfig:
             "HQQ_BLOCKS": self.blocks,
             "HQQ_SPAN": self.span,
             "HQQ_DEPTH": self.depth,
+            "HQQ_JOINT": self.joint,
             "HQQ_STAGES": self.stages,
+            "HQQ_STEPS": self.steps,
             "HQQ_CLUSTER": self.cluster,
             "HQQ_RESIDENT": self.resident,
         }
@@ -56,7 +62,7 @@ class GemmConfig:
         else:
             of_block, exchange = 64 * (1 if group == 0 or group >= 64 else 64 // group), _WARPS * 512
         tile = self.span * (128 * bits + of_block)
-        x = self.stages * self.tokens * BLOCK_INPUTS * 2
+        x = self.stages * self.joint * self.tokens * BLOCK_INPUTS * 2
         return x + self.depth * self.blocks * _WARPS * tile + exchange + 16 * (self.stages + self.depth)
 
     def fits(self, bits: int, axis: int, group: int) -> bool:
@@ -80,7 +86,7 @@ def fitted(config: GemmConfig, bits: int, axis: int, group: int) -> GemmConfig:
         config = replace(config, span=chunk_blocks(bits), depth=max(2, config.depth // 2))
     while not config.fits(bits, axis, group):
         if config.span > chunk_blocks(bits):
-            config = replace(config, span=config.span // 2)
+            config = replace(config, span=config.span // 2, joint=min(config.joint, config.span // 2))
         elif config.depth > 2:
             config = replace(config, depth=config.depth - 1)
         elif config.stages > 2:

@@ -3,14 +3,16 @@
 // Weights are the tall operand, dequantised in registers; tokens are the columns and come through shared memory. A block
 // has 8 warps that multiply, in two warpgroups, each warp with BLOCKS tiles of 16 output features and TOKENS tokens, and
 // two that copy, in a warpgroup that gives its registers away: one copies codes and scales of SPAN blocks of 64 inputs at
-// a time into a ring of DEPTH such spans, the other x into a ring of STAGES blocks of 64 inputs, which CLUSTER blocks share.
+// a time into a ring of DEPTH such spans, the other x, JOINT blocks at a time, into a ring of STAGES, which CLUSTER thread
+// blocks share.
 //
 // All (output tile, span of inputs) pairs are one sequence, cut into as many equal pieces as there are workers (a
 // worker: a cluster). Whoever has a tile's first span writes its output; those that continue it leave sums in
 // `partial` before they do anything else, and raise a flag. Sums are added in the order of inputs: results repeat.
 //
 // Set by the host, with HQQ_ in front: T (F16, BF16), BITS, AXIS, GROUP (0: the whole row), TOKENS, BLOCKS, SPAN (a
-// multiple of the blocks of a chunk), DEPTH, STAGES, CLUSTER, RESIDENT (blocks on a multiprocessor).
+// multiple of the blocks of a chunk), DEPTH, JOINT (divides SPAN), STAGES, STEPS (instructions in a group: 1, 2 or 4),
+// CLUSTER, RESIDENT (thread blocks on a multiprocessor).
 #include "fragments.cuh"
 #include "ptx_cluster.cuh"
 
@@ -19,12 +21,12 @@ namespace {
 using T = HQQ_T;
 constexpr int BITS = HQQ_BITS, AXIS = HQQ_AXIS, GROUP = HQQ_GROUP;
 constexpr int TOKENS = HQQ_TOKENS, BLOCKS = HQQ_BLOCKS, STAGES = HQQ_STAGES, DEPTH = HQQ_DEPTH, SPAN = HQQ_SPAN;
-constexpr int CLUSTER = HQQ_CLUSTER, RESIDENT = HQQ_RESIDENT;
+constexpr int CLUSTER = HQQ_CLUSTER, RESIDENT = HQQ_RESIDENT, JOINT = HQQ_JOINT, STEPS = HQQ_STEPS;
 constexpr int WARPS = 8, MULTIPLIERS = 32 * WARPS, THREADS = MULTIPLIERS + 128;
 // Registers of a thread that copies and of one that multiplies; together what the block is given at its start.
 constexpr int FEW = 32, MANY = RESIDENT == 1 ? 232 : 104;
 constexpr int BLOCK_INPUTS = 64, TILE_ROWS = 16, STEPS_OF_BLOCK = 4;
-constexpr int STAGE_BYTES = TOKENS * BLOCK_INPUTS * 2;
+constexpr int BLOCK_BYTES = TOKENS * BLOCK_INPUTS * 2, STAGE_BYTES = JOINT * BLOCK_BYTES;
 constexpr int BLOCK_TILES = WARPS * BLOCKS;
 constexpr int SUMS = TOKENS / 2;  // of a thread, for each of its BLOCKS tiles
 
@@ -33,6 +35,7 @@ using S = Scales<T, AXIS, GROUP>;
 constexpr int CODE_BYTES = SPAN / P::CHUNK_BLOCKS * P::CHUNK_BYTES, META_BYTES = SPAN * S::BLOCK_BYTES;
 constexpr int TILE_BYTES = CODE_BYTES + META_BYTES, SPAN_BYTES = BLOCK_TILES * TILE_BYTES;
 static_assert(SPAN % P::CHUNK_BLOCKS == 0 && SPAN * BLOCKS % 2 == 0, "a span is whole chunks, and two registers take turns");
+static_assert(SPAN % JOINT == 0 && (CLUSTER == 1 || JOINT == 1), "stages of x divide spans");
 constexpr int EXCHANGE_TOKENS = TOKENS < 32 ? TOKENS : 32;
 constexpr int EXCHANGE_BYTES = AXIS == 0 ? EXCHANGE_TOKENS * TILE_ROWS * WARPS * 2 : WARPS * 512;
 constexpr int CODES_AT = STAGES * STAGE_BYTES, EXCHANGE_AT = CODES_AT + DEPTH * SPAN_BYTES;
@@ -254,10 +257,10 @@ HQQ_INLINE void collect(float (&sum)[BLOCKS][SUMS], float* partial, const int* f
 }
 
 // ---- products -----------------------------------------------------------------------------------------------------
-// Each instruction of 16 inputs is followed by the dequantisation that the same instruction of the next tile or block
-// needs, so that tensor cores work meanwhile; each two in a row have registers of their own for a. At most RUNNING
-// instructions are under way: fewer than would reach back to the registers that are written.
-constexpr int RUNNING = 3;
+// Each STEPS instructions of 16 inputs are followed by the dequantisation that the same instructions of the next tile or
+// block need, so that tensor cores work meanwhile; each two in a row have registers of their own for a. At most RUNNING
+// groups are under way: fewer than would reach back to the registers that are written.
+constexpr int RUNNING = 4 / STEPS - (STEPS < 4);
 
 struct Multiplier {
     Ring<STAGES> x;
@@ -300,32 +303,40 @@ struct Multiplier {
         scales.fold();
     }
 
-    template <int STEP = 0>
-    HQQ_INLINE void dequantise() {
-        if constexpr (STEP < STEPS_OF_BLOCK) {
-            weights<T, BITS, STEP>(a[0][STEP], word, scales);
-            dequantise<STEP + 1>();
-        }
-    }
-
     // The first pair of a piece: nothing runs yet.
     HQQ_INLINE void begin(int first) {
         codes.wait_full();
         read<0>(first);
-        dequantise();
+        dequantise_steps<0, 0, STEPS_OF_BLOCK>();
+    }
+
+    template <int TO, int STEP, int LAST>
+    HQQ_INLINE void dequantise_steps() {
+        if constexpr (STEP < LAST) {
+            weights<T, BITS, STEP>(a[TO][STEP], word, scales);
+            dequantise_steps<TO, STEP + 1, LAST>();
+        }
     }
 
     template <int PAIR, int STEP = 0>
     HQQ_INLINE void steps(float (&sum)[SUMS], uint64_t columns) {
         if constexpr (STEP < STEPS_OF_BLOCK) {
-            const uint32_t(&now)[4] = a[PAIR % 2][STEP];
             wgmma_fence();
-            wgmma<T, TOKENS>(sum, now[0], now[1], now[2], now[3], columns + 2 * STEP);
+#pragma unroll
+            for (int s = STEP; s < STEP + STEPS; ++s) {
+                const uint32_t(&now)[4] = a[PAIR % 2][s];
+                wgmma<T, TOKENS>(sum, now[0], now[1], now[2], now[3], columns + 2 * s);
+            }
             wgmma_commit();
             wgmma_wait<RUNNING>();
-            weights<T, BITS, STEP>(a[(PAIR + 1) % 2][STEP], word, scales);
-            steps<PAIR, STEP + 1>(sum, columns);
+            dequantise_steps<(PAIR + 1) % 2, STEP, STEP + STEPS>();
+            steps<PAIR, STEP + STEPS>(sum, columns);
         }
+    }
+
+    template <int PAIR>
+    HQQ_INLINE uint64_t columns() const {
+        return wgmma_descriptor(x_at + x.slot * STAGE_BYTES + PAIR / BLOCKS % JOINT * BLOCK_BYTES);
     }
 
     HQQ_INLINE void next_x() {
@@ -345,9 +356,9 @@ struct Multiplier {
                 if (more) codes.wait_full();
                 read<0>(first + SPAN);  // what nobody uses, if there is no more
             }
-            if (PAIR % BLOCKS == 0) x.wait_full();
-            steps<PAIR>(sum[PAIR % BLOCKS], wgmma_descriptor(x_at + x.slot * STAGE_BYTES));
-            if (PAIR % BLOCKS == BLOCKS - 1) next_x();
+            if (PAIR % (BLOCKS * JOINT) == 0) x.wait_full();
+            steps<PAIR>(sum[PAIR % BLOCKS], columns<PAIR>());
+            if (PAIR % (BLOCKS * JOINT) == BLOCKS * JOINT - 1) next_x();
             span<PAIR + 1>(sum, first, more);
         }
     }
@@ -359,10 +370,10 @@ struct Multiplier {
             if (PAIR < count * BLOCKS) {
                 wgmma_wait<0>();
                 read<PAIR>(first);
-                dequantise();
-                if (PAIR % BLOCKS == 0) x.wait_full();
-                steps<0>(sum[PAIR % BLOCKS], wgmma_descriptor(x_at + x.slot * STAGE_BYTES));
-                if (PAIR % BLOCKS == BLOCKS - 1) next_x();
+                dequantise_steps<0, 0, STEPS_OF_BLOCK>();
+                if (PAIR % (BLOCKS * JOINT) == 0) x.wait_full();
+                steps<0>(sum[PAIR % BLOCKS], columns<PAIR>());
+                if (PAIR % (BLOCKS * JOINT) == BLOCKS * JOINT - 1 || PAIR == count * BLOCKS - 1) next_x();
             }
             part_of_span<PAIR + 1>(sum, first, count);
         } else {
@@ -380,8 +391,8 @@ struct Multiplier {
 };
 
 HQQ_INLINE void multiply(const Weight& w, const Output& out, const Work& work, float* partial, int* flags,
-                         unsigned char* shared) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x;
+                         unsigned char* shared, int warp) {
+    const int lane = threadIdx.x % 32, block = blockIdx.x;
     Multiplier multiplier(shared, warp, lane);
     int unit = work.share.first, tile = unit / work.spans, span = unit % work.spans;
     bool waited = false;
@@ -453,23 +464,24 @@ HQQ_INLINE void copy_codes(const Weight& w, const Work& work, unsigned char* sha
 HQQ_INLINE void copy_tokens(const unsigned char* x, const Work& work, int blocks, unsigned char* shared) {
     pdl_wait();
     Ring<STAGES> ring(smem_u32(shared) + BARRIERS_AT);
-    constexpr int PART = STAGE_BYTES / CLUSTER;
     int tile = work.share.first / work.spans, span = work.share.first % work.spans;
 #pragma unroll 1
     for (int unit = work.share.first; unit < work.share.last; ++unit) {
         const int first = span * SPAN, rest = blocks - first, count = rest < SPAN ? rest : SPAN;
         const unsigned char* from =
-            x + (static_cast<int64_t>(tile % work.token_blocks) * blocks + first) * STAGE_BYTES + work.rank * PART;
+            x + (static_cast<int64_t>(tile % work.token_blocks) * blocks + first) * BLOCK_BYTES;
 #pragma unroll 1
-        for (int i = 0; i < count; ++i, from += STAGE_BYTES) {
+        for (int i = 0; i < count; i += JOINT, from += STAGE_BYTES) {
             ring.wait_empty();
-            const uint32_t full = ring.full + 8 * ring.slot;
-            const uint32_t to = smem_u32(shared) + ring.slot * STAGE_BYTES + work.rank * PART;
-            mbarrier_arrive_expect(full, STAGE_BYTES);
-            if constexpr (CLUSTER == 1)
-                bulk_copy(to, from, PART, full);
-            else
-                bulk_copy_to(to, from, PART, full, (1 << CLUSTER) - 1);
+            const uint32_t full = ring.full + 8 * ring.slot, to = smem_u32(shared) + ring.slot * STAGE_BYTES;
+            const uint32_t bytes = (count - i < JOINT ? count - i : JOINT) * BLOCK_BYTES;
+            mbarrier_arrive_expect(full, bytes);
+            if constexpr (CLUSTER == 1) {
+                bulk_copy(to, from, bytes, full);
+            } else {
+                constexpr int PART = STAGE_BYTES / CLUSTER;
+                bulk_copy_to(to + work.rank * PART, from + work.rank * PART, PART, full, (1 << CLUSTER) - 1);
+            }
             ring.next();
         }
         if (++span == work.spans) span = 0, ++tile;
@@ -507,12 +519,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const int rank = blockIdx.x % CLUSTER;
     const Work work{Share(worker, workers, units), units, workers, worker, rank, token_blocks, spans};
     const Weight weight{codes, meta, tiles, blocks, groups};
-    if (threadIdx.x < MULTIPLIERS) {
+    // The same in all lanes, and known to be.
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+    if (warp < WARPS) {
         more_registers<MANY>();
-        multiply(weight, Output{rows, bias, y, M, N, tiles}, work, partial, flags, shared);
+        multiply(weight, Output{rows, bias, y, M, N, tiles}, work, partial, flags, shared, warp);
     } else {
         fewer_registers<FEW>();
-        if (threadIdx.x / 32 == WARPS)
+        if (warp == WARPS)
             copy_codes(weight, work, shared, threadIdx.x % 32);
         else if (threadIdx.x == MULTIPLIERS + 32)
             copy_tokens(x, work, blocks, shared);
@@ -547,6 +561,6 @@ extern "C" __global__ void __launch_bounds__(256)
             v[c] = (k < K ? from[0] : 0u) | (k + 1 < K ? uint32_t(from[1]) << 16 : 0u);
     }
     const int token = m % TOKENS;
-    unsigned char* to = arranged + (static_cast<int64_t>(m / TOKENS) * blocks + block) * STAGE_BYTES;
+    unsigned char* to = arranged + (static_cast<int64_t>(m / TOKENS) * blocks + block) * BLOCK_BYTES;
     *reinterpret_cast<uint4*>(to + 128 * token + 16 * (piece ^ (token % 8))) = make_uint4(v[0], v[1], v[2], v[3]);
 }
