@@ -60,7 +60,8 @@ class Int4Weight(PreparedWeight):
         rows = x.reshape(-1, K).contiguous()
         y = self.product(rows)
         if self.missing is not None:
-            sums = rows.reshape(rows.shape[0], self.missing.shape[0], -1).sum(-1)
+            G = self.missing.shape[0]
+            sums = rows.reshape(rows.shape[0], G, K // G).sum(-1)
             y = torch.addmm(y, sums, self.missing)
         return y.reshape(*x.shape[:-1], N)
 

@@ -20,7 +20,7 @@ def int8_grouped_linear(x: Tensor, codes: Tensor, scale: Tensor, offset: Tensor)
     parts that are summed are rounded to x's dtype, their sum is kept in float32.
     """
     M, G = x.shape[0], codes.shape[0]
-    sums = x.reshape(M, G, -1).sum(-1, dtype=torch.float32)
+    sums = x.reshape(M, G, x.shape[1] // G).sum(-1, dtype=torch.float32)
     if G == 1:
         y = torch._weight_int8pack_mm(x, codes[0], scale[0]).float()
         return y.addmm_(sums, offset).to(x.dtype)
@@ -31,7 +31,9 @@ def int8_grouped_linear(x: Tensor, codes: Tensor, scale: Tensor, offset: Tensor)
 def _by_group(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     G, N, size = codes.shape
     y = torch.zeros(x.shape[0], N)
-    for part, its_codes, its_scale in zip(x.reshape(-1, G, size).unbind(1), codes, scale, strict=True):
+    for part, its_codes, its_scale in zip(
+        x.reshape(x.shape[0], G, size).unbind(1), codes, scale, strict=True
+    ):
         y += torch._weight_int8pack_mm(part.contiguous(), its_codes, its_scale)
     return y
 

@@ -72,7 +72,11 @@ class MarlinWeight(ForeignWeight):
             input_size_per_partition=K,
             is_k_full=True,
         )
-        sums = rows.reshape(rows.shape[0], -1, self.group_size).sum(-1, dtype=torch.float32).to(x.dtype)
+        sums = (
+            rows.reshape(rows.shape[0], K // self.group_size, self.group_size)
+            .sum(-1, dtype=torch.float32)
+            .to(x.dtype)
+        )
         return torch.addmm(y, sums, self.offset).reshape(*x.shape[:-1], N)
 
 

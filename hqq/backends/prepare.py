@@ -81,7 +81,8 @@ def prepare_for_inference(
 
     Layers keep their class, and state_dict, W_q, meta and dequantize() give what they gave before: codes that a backend
     has arranged in its own way are brought back whenever they are asked for, bit for bit. Moving, casting, loading and
-    copying work as ever, and choose again. `restore` undoes it all, and preparing for another backend replaces it.
+    copying work as ever, and choose again. The choice holds for the layers themselves, whatever `HQQLinear.set_backend`
+    says. `restore` undoes it all, and preparing for another backend replaces it.
 
     Args:
         model: may be a quantised layer itself; layers inside adapters count too.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hqq.backends.cpu import MATMUL
+from hqq.backends.cpu import MATMUL, CPUInt4Weight
 from hqq.backends.int8_grouped import int8_grouped_linear
 from hqq.backends.nibbles import nibble_order, nibbles, unpack_nibbles
 from hqq.core.experts import HQQExperts
@@ -71,6 +71,24 @@ def test_outliers_do_not_coarsen_the_other_weights(nbits: int, rng: torch.Genera
     x[:, ::64] = 0  # only the others count
     expected = product(q, x)
     assert float((prepared(q).multiply(x).double() - expected).norm()) <= 1e-2 * float(expected.norm())
+
+
+def test_what_zeros_lose_is_kept_where_it_is_much(
+    monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
+    """The rule of the kernel on CUDA, where a second product costs as much as the first."""
+    monkeypatch.setattr(CPUInt4Weight, "always_exact", False)
+    plain = weight(rng, 32, 256, nbits=4, group_size=64)
+    assert prepared(plain)._buffers["missing"] is None
+    close = plain.to(CPU)
+    close.W_q = torch.zeros_like(
+        plain.W_q
+    )  # every weight is -0.01 of a step: what is left of two large terms
+    close.zero = torch.full_like(plain.zero, 0.01)
+    x = torch.randn(5, 256, generator=rng).bfloat16()
+    expected = product(close, x)
+    assert prepared(close)._buffers["missing"] is not None
+    assert float((prepared(close).multiply(x).double() - expected).norm()) <= 2e-2 * float(expected.norm())
 
 
 @pytest.mark.parametrize("nbits", [8, 4, 2])
