@@ -12,7 +12,12 @@ from hqq.kernels import feedback
 @pytest.mark.parametrize(("count", "N"), [(64, 96), (50, 33), (7, 5), (1, 64)])
 @pytest.mark.parametrize("shared", [True, False])
 def test_codes_and_errors(
-    rng: torch.Generator, device: torch.device, monkeypatch: pytest.MonkeyPatch, count: int, N: int, shared: bool
+    rng: torch.Generator,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    N: int,
+    shared: bool,
 ) -> None:
     columns = torch.randn(count, N, generator=rng)
     whole = torch.triu(0.1 * torch.randn(2 * count, 2 * count, generator=rng), 1) + 1.5 * torch.eye(2 * count)

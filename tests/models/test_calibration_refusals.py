@@ -70,7 +70,9 @@ def test_given_texts(rng: torch.Generator) -> None:
 
 def test_too_few_tokens(rng: torch.Generator) -> None:
     tokens = torch.randint(3, 96, (1, 20), generator=rng)
-    with pytest.raises(ConfigError, match="got 20 tokens to calibrate with; a layer of 64 inputs needs at least 32"):
+    with pytest.raises(
+        ConfigError, match="got 20 tokens to calibrate with; a layer of 64 inputs needs at least 32"
+    ):
         quantize_model(llama(rng)[0], CONFIG, calibration=tokens, progress=False)
 
 
@@ -80,13 +82,17 @@ def test_weights_that_are_not_finite_are_named_before_anything_runs(rng: torch.G
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(WeightError, match=r"model\.layers\.1\.mlp\.up_proj: got a weight with NaN"):
         quantize_model(model, CONFIG, calibration=Calibration("random", **FEW), progress=False)
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items() if "layers.0" in key)
+    assert all(
+        torch.equal(before[key], value) for key, value in model.state_dict().items() if "layers.0" in key
+    )
 
 
 def test_activations_that_are_not_finite_name_the_layer(rng: torch.Generator) -> None:
     model, _ = llama(rng)
     model.model.layers[1].post_attention_layernorm.weight.data[5] = float("inf")
-    with pytest.raises(WeightError, match=r"model\.layers\.1\.mlp\.gate_proj: got activations with NaN, infinite"):
+    with pytest.raises(
+        WeightError, match=r"model\.layers\.1\.mlp\.gate_proj: got activations with NaN, infinite"
+    ):
         quantize_model(model, CONFIG, calibration=Calibration("random", **FEW), progress=False)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tests.models.zoo import llama
 CONFIG = QuantConfig(nbits=3, group_size=16)
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - nothing went wrong
     """What stops a run in these tests."""
 
 
@@ -50,7 +50,7 @@ def same_bits(one: nn.Module, other: nn.Module) -> bool:
 
 
 @pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that makes the run stop when so many parts have been kept (0: after the text)."""
     keep_part = resume.WorkFolder.keep_part
     kept: list[int] = []
@@ -67,7 +67,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(resume.WorkFolder, "keep_part", keep)
         return kept
 
-    yield stopping
+    return stopping
 
 
 @pytest.mark.parametrize("parts", [0, 1])

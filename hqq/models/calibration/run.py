@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hqq.core.config import QuantConfig
-from hqq.core.experts import HQQExperts, replace_parameter
-from hqq.core.linear import HQQLinear
 from hqq.core.modules import find_module
-from hqq.core.quantized_module import QuantizedModule
-from hqq.core.solvers import DEFAULT_SOLVER
-from hqq.models.calibration.moments import Moments, tokens_needed
-from hqq.models.calibration.record import Enough
+from hqq.models.calibration.chain import find_chain
+from hqq.models.calibration.moments import tokens_needed
+from hqq.models.calibration.parts import Parts
 from hqq.models.calibration.resume import WorkFolder, describe
 from hqq.models.calibration.settings import Calibration
-from hqq.models.calibration.sites import Site, Stage, Trace, recorder, site_of, stages_of
+from hqq.models.calibration.sites import Site, site_of
 from hqq.models.calibration.text import batches_of, check_enough, tokens_for
-from hqq.models.calibration.units import BlockUnit, ModelUnit, Unit, find_chain
-from hqq.models.calibration.weights import Inputs, Outcome, refine
-from hqq.models.install import as_shared, install, layer_row, main_member, quantized, relative_error
+from hqq.models.calibration.units import BlockUnit, ModelUnit, Unit
 from hqq.models.placement import Placement, follow_inputs, settle_tensors
 from hqq.models.plan import Job
-from hqq.models.preflight import ErrorsName, resolved_solver
 from hqq.models.progress import progress_bar
 from hqq.models.report import LayerRow
 
@@ -64,7 +55,7 @@ def calibrate(
         batches = batches_of(model, settings, tokens)
         chain = find_chain(model, [site.name for site in sites], batches)
         with progress_bar(len(sites), "Calibrating", progress) as bar:
-            run = _Run(model, settings, compute_dtype, errors, folder, modes, bar)
+            run = Parts(model, settings, compute_dtype, errors, folder, modes, bar)
             run.kept = [batch.kept for batch in batches]
             if chain is None:
                 nothing = [torch.empty(0)] * len(batches)
@@ -121,236 +112,3 @@ def _as_it_predicts(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[nn
             config._experts_implementation = way
         for module, mode in modes.items():
             module.training = mode
-
-
-_UNSEEN = "no input reached it"
-
-
-@dataclass
-class Done:
-    """A quantised layer that waits to take its place, and what the report says of it."""
-
-    layer: QuantizedModule
-    outcome: Outcome
-    error: float | None
-    seconds: float
-
-    def state(self) -> dict[str, Any]:
-        """Return tensors and plain values that describe it."""
-        return {
-            "layer": {key: value.cpu() for key, value in self.layer.state_dict().items()},
-            "outcome": asdict(self.outcome),
-            "error": self.error,
-            "seconds": self.seconds,
-        }
-
-
-class _Watch:
-    """The inputs of a part's layers in the full model: in which order they come, and those that others compare with."""
-
-    def __init__(self, sites: Sequence[Site], kept: Sequence[Tensor | None]) -> None:
-        self.trace = Trace()
-        self._sites, self._kept = {site.name: site for site in sites}, kept
-        self._inputs: dict[str, dict[int, list[Tensor]]] = {}
-
-    def run(self, unit: Unit, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """Run all batches and return the unit's outputs."""
-        outputs = []
-        for i, given in enumerate(hidden):
-
-            def see(name: str, x: Tensor, expert: int | None, i: int = i) -> None:
-                if i == 0:
-                    self.trace.see(name, x)
-                if self._sites[name].routed or self.trace.leaders.get(name) != name:
-                    return
-                self._inputs.setdefault(name, {}).setdefault(i, []).append(_rows(x, self._kept[i]))
-
-            with recorder(self._sites.values(), see):
-                outputs.append(unit.run(i, given))
-            self.trace.done()
-        return outputs
-
-    def seen(self, name: str, batch: int, call: int) -> Tensor | None:
-        """Return what a layer was given at its call number `call` in a batch, if that is known."""
-        inputs = self._inputs.get(name, {}).get(batch, [])
-        return inputs[call] if call < len(inputs) else None
-
-    def forget(self, name: str) -> None:
-        """Let go of a layer's inputs."""
-        self._inputs.pop(name, None)
-
-
-def _rows(x: Tensor, kept: Tensor | None) -> Tensor:
-    """Return inputs [..., K] as [rows, K], without padding."""
-    rows = x.reshape(-1, x.shape[-1])
-    if kept is None or kept.numel() != len(rows):
-        return rows
-    return rows[kept.to(rows.device).reshape(-1)]
-
-
-def _compute_with(site: Site, layer: QuantizedModule) -> None:
-    """Let the model compute with the weight that `layer` stands for."""
-    site.weight.data = layer.dequantize().to(site.weight)
-
-
-def _experts(
-    weight: Tensor, config: QuantConfig, dtype: torch.dtype, inputs: dict[int | None, Inputs]
-) -> tuple[HQQExperts, Outcome]:
-    """Return the quantised form of fused experts [E, N, K], each calibrated by its own tokens, and their sums."""
-    layers, total, reasons = [], Outcome(), {}
-    for index, W in enumerate(weight):
-        layer = HQQLinear.from_weights(W, None, config.to_dict(), dtype, weight.device)
-        found = inputs.get(index)
-        outcome = refine(layer, W, config, found) if found else Outcome(fallback=_UNSEEN)
-        if outcome.fallback is not None:
-            reasons[index] = outcome.fallback
-        total.before += outcome.before
-        total.after += outcome.after
-        total.square += outcome.square
-        layers.append(layer)
-    if reasons:
-        first = next(iter(reasons))
-        total.fallback = f"{len(reasons)} of {len(weight)} experts, such as {first}: {reasons[first]}"
-        if not inputs:
-            total.fallback = "its inputs were not seen: the model multiplies with it in a way of its own"
-    experts = HQQExperts(weight.shape, dtype, weight.device)
-    experts._stack(layers)
-    return experts, total
-
-
-class _Run:
-    """What all parts of the model share, and the rows of the weights that are done."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: Calibration,
-        compute_dtype: torch.dtype | None,
-        errors: bool,
-        folder: WorkFolder,
-        modes: dict[nn.Module, bool],
-        bar: Any,
-    ) -> None:
-        self.rows: dict[str, list[LayerRow]] = {}
-        self.kept: list[Tensor | None] = []
-        self._model, self._settings, self._compute_dtype = model, settings, compute_dtype
-        self._errors, self._folder, self._modes, self._bar = errors, folder, modes, bar
-
-    def part(
-        self, index: int, unit: Unit, sites: list[Site], full: list[Tensor], quant: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Calibrate `sites`, those within `unit`, and return its outputs for the full and the quantised model.
-
-        full, quant: its inputs, one for each batch.
-        """
-        unit.prepare()
-        kept = self._folder.part(index)
-        if kept is not None:
-            full = [unit.run(i, hidden) for i, hidden in enumerate(full)]
-            done = {site.name: self._restored(site, kept[site.name]) for site in sites}
-            for site in sites:
-                _compute_with(site, done[site.name].layer)
-        else:
-            full, done = self._calibrated(unit, sites, full, quant)
-            self._folder.keep_part(index, {name: entry.state() for name, entry in done.items()})
-        quant = [unit.run(i, hidden) for i, hidden in enumerate(quant)]
-        for site in sites:
-            self._install(site, done[site.name])
-        return full, quant
-
-    def _calibrated(
-        self, unit: Unit, sites: list[Site], full: list[Tensor], quant: list[Tensor]
-    ) -> tuple[list[Tensor], dict[str, Done]]:
-        watch = _Watch(sites, self.kept)
-        full = watch.run(unit, full)
-        done: dict[str, Done] = {}
-        for stage in stages_of(sites, watch.trace):
-            inputs = self._inputs(unit, stage, watch, quant)
-            for site in stage.sites:
-                done[site.name] = self._quantise(site, inputs[stage.leaders[site.name]])
-        for site in sites:
-            if site.name not in done:
-                done[site.name] = self._quantise(site, {})
-        return full, done
-
-    def _inputs(
-        self, unit: Unit, stage: Stage, watch: _Watch, quant: list[Tensor]
-    ) -> dict[str, dict[int | None, Inputs]]:
-        """Return the inputs of a stage's leaders, by number of the expert where they are those of experts."""
-        moments: dict[str, dict[int | None, Moments]] = {site.name: {} for site in stage.recorded()}
-        for i, hidden in enumerate(quant):
-            calls: dict[str, int] = {}
-
-            def see(
-                name: str, x: Tensor, expert: int | None, i: int = i, calls: dict[str, int] = calls
-            ) -> None:
-                rows = _rows(x, self.kept[i])
-                found = moments[name].setdefault(expert, Moments(rows.shape[1], rows.device))
-                found.add(rows, watch.seen(name, i, calls.get(name, 0)))
-                calls[name] = calls.get(name, 0) + 1
-
-            with recorder(stage.recorded(), see, stage.last), suppress(Enough):
-                unit.run(i, hidden)
-        inputs: dict[str, dict[int | None, Inputs]] = {}
-        for name, found in moments.items():
-            watch.forget(name)
-            with ErrorsName(name):
-                inputs[name] = {key: Inputs(value, self._settings) for key, value in found.items()}
-        return inputs
-
-    def _quantise(self, site: Site, inputs: dict[int | None, Inputs]) -> Done:
-        start = time.perf_counter()
-        weight, config = site.weight.detach(), resolved_solver(site.job.config, DEFAULT_SOLVER)
-        dtype = self._compute_dtype or weight.dtype
-        layer: QuantizedModule
-        with ErrorsName(site.name):
-            if site.experts is not None:
-                layer, outcome = _experts(weight, config, dtype, inputs)
-            elif not site.layers:
-                module = main_member(site.job).module
-                assert isinstance(module, nn.Embedding)
-                layer = quantized(module, config, dtype, weight.device)
-                outcome = Outcome(fallback="an embedding looks rows up, and has no inputs to calibrate with")
-            else:
-                bias = getattr(main_member(site.job).module, "bias", None)
-                linear = HQQLinear.from_weights(weight, bias, config.to_dict(), dtype, weight.device)
-                found = inputs.get(None)
-                outcome = refine(linear, weight, config, found) if found else Outcome(fallback=_UNSEEN)
-                layer = linear
-        error = relative_error(weight, layer) if self._errors else None
-        _compute_with(site, layer)
-        self._bar.update()
-        return Done(layer, outcome, error, time.perf_counter() - start)
-
-    def _restored(self, site: Site, state: dict[str, Any]) -> Done:
-        weight = site.weight
-        dtype = self._compute_dtype or weight.dtype
-        if site.experts is not None:
-            layer: QuantizedModule = HQQExperts(weight.shape, dtype, weight.device)
-        elif not site.layers:
-            return self._quantise(site, {})
-        else:
-            layer = HQQLinear(None, None, compute_dtype=dtype, device=weight.device)
-        layer.load_state_dict(state["layer"])
-        self._bar.update()
-        return Done(layer, Outcome(**state["outcome"]), state["error"], state["seconds"])
-
-    def _install(self, site: Site, done: Done) -> None:
-        job = site.job
-        if site.experts is not None:
-            owner, _, leaf = site.name.rpartition(".")
-            module = find_module(self._model, owner)
-            assert module is not None and isinstance(done.layer, HQQExperts)
-            replace_parameter(module, leaf, done.layer)
-            rows = as_shared(
-                [layer_row(site.name, "experts", done.layer, done.error, done.seconds)], site.name
-            )
-        else:
-            for member in job.members:
-                member.module.training = self._modes[member.module]
-            rows = install(self._model, job, done.layer, done.error, done.seconds)
-        before, after = done.outcome.relative() or (None, None)
-        fallback = done.outcome.fallback
-        self.rows[site.name] = [
-            replace(row, output_error_before=before, output_error=after, fallback=fallback) for row in rows
-        ]
