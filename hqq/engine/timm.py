@@ -14,6 +14,7 @@ from hqq.core.quantized_module import QuantizedModule
 from hqq.engine.base import HQQWrapper
 from hqq.errors import CheckpointError
 from hqq.models.base import BaseHQQModel
+from hqq.models.calibration import CalibrationLike
 from hqq.models.checkpoint.layout import CONFIG, read_json
 from hqq.models.checkpoint.skeleton import empty_weights
 from hqq.models.placement import DeviceMap
@@ -60,9 +61,10 @@ class TimmHQQModel(BaseHQQModel):
         quant_config: Mapping[str, Any],
         compute_dtype: torch.dtype = torch.float16,
         device: DeviceMap = None,
+        calibration: CalibrationLike = None,
     ) -> nn.Module:
         """Quantise `model` in place, freeze it and return it; see `BaseHQQModel.quantize_model`."""
-        _cast_constants(super().quantize_model(model, quant_config, compute_dtype, device))
+        _cast_constants(super().quantize_model(model, quant_config, compute_dtype, device, calibration))
         return model
 
     @classmethod
