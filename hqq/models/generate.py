@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -271,7 +272,9 @@ class HFGenerator:
         length = self._length(tokens, max_new_tokens)
         decoder = self._decoder
         if decoder is None or decoder.batch != batch or decoder.length < length:
-            self._decoder = None  # or two caches would be there at a time
+            if decoder is not None:
+                self._decoder = decoder = None
+                gc.collect()  # or two caches would be there at a time: a decoder refers to itself
             self._decoder = self._new_decoder(batch, length)
         self._inputs = input_ids, mask
 

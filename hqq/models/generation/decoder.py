@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -223,10 +225,23 @@ class Decoder:
                 put_back()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with _without_collection(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         put_back()
         self._graph, self._to_capture = graph, False
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Collect garbage now and not within the context: a graph that goes away would end the recording of another."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def without_graphs(options: Compile) -> dict[str, Any]:
