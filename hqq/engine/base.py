@@ -10,13 +10,19 @@ from torch import nn
 
 from hqq.errors import NotQuantizedError
 from hqq.models.base import BaseHQQModel
+from hqq.models.calibration import CalibrationLike
 from hqq.models.placement import DeviceMap
 
 
 def _quantize(
-    model: nn.Module, quant_config: Any, compute_dtype: torch.dtype = torch.float16, device: DeviceMap = None
+    model: nn.Module,
+    quant_config: Any,
+    compute_dtype: torch.dtype = torch.float16,
+    device: DeviceMap = None,
+    calibration: CalibrationLike = None,
 ) -> nn.Module:
-    return _base_class(model).quantize_model(model, quant_config, compute_dtype=compute_dtype, device=device)
+    options: dict[str, Any] = {"compute_dtype": compute_dtype, "device": device, "calibration": calibration}
+    return _base_class(model).quantize_model(model, quant_config, **options)
 
 
 def _save(model: nn.Module, save_dir: str) -> None:

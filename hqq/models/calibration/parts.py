@@ -63,7 +63,7 @@ def _experts(
     for index, W in enumerate(weight):
         layer = HQQLinear.from_weights(W, None, config.to_dict(), dtype, weight.device)
         found = inputs.get(index)
-        outcome = refine(layer, W, config, found) if found else Outcome(fallback=_UNSEEN)
+        outcome = refine([layer], [W], config, found)[0] if found else Outcome(fallback=_UNSEEN)
         if outcome.fallback is not None:
             reasons[index] = outcome.fallback
         total.before += outcome.before
@@ -128,11 +128,12 @@ class Parts:
         done: dict[str, Done] = {}
         for stage in stages_of(sites, watch.trace):
             inputs = self._inputs(unit, stage, watch, quant)
-            for site in stage.sites:
-                done[site.name] = self._quantise(site, inputs[stage.leaders[site.name]])
+            for together in stage.groups():
+                found = inputs[stage.leaders[together[0].name]]
+                done.update(self._quantise(together, found))
         for site in sites:
             if site.name not in done:
-                done[site.name] = self._quantise(site, {})
+                done.update(self._quantise([site], {}))
         return full, done
 
     def _inputs(
@@ -160,29 +161,49 @@ class Parts:
                 inputs[name] = {key: Inputs(value, self._settings) for key, value in found.items()}
         return inputs
 
-    def _quantise(self, site: Site, inputs: dict[int | None, Inputs]) -> Done:
+    def _quantise(self, sites: list[Site], inputs: dict[int | None, Inputs]) -> dict[str, Done]:
+        """Quantise the weights of sites that share their input and configuration, and compute with the result."""
         start = time.perf_counter()
-        weight, config = site.weight.detach(), resolved_solver(site.job.config, DEFAULT_SOLVER)
-        dtype = self._compute_dtype or weight.dtype
-        layer: QuantizedModule
-        with ErrorsName(site.name):
-            if site.experts is not None:
-                layer, outcome = _experts(weight, config, dtype, inputs)
-            elif not site.layers:
-                module = main_member(site.job).module
-                assert isinstance(module, nn.Embedding)
-                layer = quantized(module, config, dtype, weight.device)
-                outcome = Outcome(fallback="an embedding looks rows up, and has no inputs to calibrate with")
-            else:
-                bias = getattr(main_member(site.job).module, "bias", None)
-                linear = HQQLinear.from_weights(weight, bias, config.to_dict(), dtype, weight.device)
-                found = inputs.get(None)
-                outcome = refine(linear, weight, config, found) if found else Outcome(fallback=_UNSEEN)
-                layer = linear
-        error = relative_error(weight, layer) if self._errors else None
-        _compute_with(site, layer)
-        self._bar.update()
-        return Done(layer, outcome, error, time.perf_counter() - start)
+        weights = [site.weight.detach() for site in sites]
+        config = resolved_solver(sites[0].job.config, DEFAULT_SOLVER)
+        found: list[tuple[QuantizedModule, Outcome]]
+        if sites[0].layers:
+            found = self._linears(sites, weights, config, inputs.get(None))
+        else:
+            with ErrorsName(sites[0].name):
+                if sites[0].experts is None:
+                    found = [self._embedding(sites[0], config)]
+                else:
+                    found = [_experts(weights[0], config, self._dtype(weights[0]), inputs)]
+        seconds = (time.perf_counter() - start) / len(sites)
+        done = {}
+        for site, weight, (layer, outcome) in zip(sites, weights, found, strict=True):
+            error = relative_error(weight, layer) if self._errors else None
+            _compute_with(site, layer)
+            self._bar.update()
+            done[site.name] = Done(layer, outcome, error, seconds)
+        return done
+
+    def _dtype(self, weight: Tensor) -> torch.dtype:
+        return self._compute_dtype or weight.dtype
+
+    def _embedding(self, site: Site, config: QuantConfig) -> tuple[QuantizedModule, Outcome]:
+        module, weight = main_member(site.job).module, site.weight
+        layer = quantized(module, config, self._dtype(weight), weight.device)
+        return layer, Outcome(fallback="an embedding looks rows up, and has no inputs to calibrate with")
+
+    def _linears(
+        self, sites: list[Site], weights: list[Tensor], config: QuantConfig, inputs: Inputs | None
+    ) -> list[tuple[QuantizedModule, Outcome]]:
+        layers: list[HQQLinear] = []
+        for site, weight in zip(sites, weights, strict=True):
+            bias = getattr(main_member(site.job).module, "bias", None)
+            with ErrorsName(site.name):
+                dtype = self._dtype(weight)
+                layers.append(HQQLinear.from_weights(weight, bias, config.to_dict(), dtype, weight.device))
+        unseen = [Outcome(fallback=_UNSEEN) for _ in layers]
+        outcomes = refine(layers, weights, config, inputs) if inputs is not None else unseen
+        return list(zip(layers, outcomes, strict=True))
 
     def _restored(self, site: Site, state: dict[str, Any]) -> Done:
         weight = site.weight
@@ -190,7 +211,7 @@ class Parts:
         if site.experts is not None:
             layer: QuantizedModule = HQQExperts(weight.shape, dtype, weight.device)
         elif not site.layers:
-            return self._quantise(site, {})
+            return self._quantise([site], {})[site.name]
         else:
             layer = HQQLinear(None, None, compute_dtype=dtype, device=weight.device)
         layer.load_state_dict(state["layer"])

@@ -95,6 +95,15 @@ class Stage:
     leaders: dict[str, str]
     last: str | None = None
 
+    def groups(self) -> list[list[Site]]:
+        """Return the sites in groups that share input and configuration; fused experts and embeddings alone."""
+        groups: dict[object, list[Site]] = {}
+        for site in self.sites:
+            weight = site.weight
+            alike = (self.leaders[site.name], site.job.config, weight.dtype, weight.device)
+            groups.setdefault(alike if site.layers else site.name, []).append(site)
+        return list(groups.values())
+
     def recorded(self) -> list[Site]:
         """Return the sites whose inputs have to be seen."""
         return [site for site in self.sites if self.leaders[site.name] == site.name]

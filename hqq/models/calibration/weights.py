@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -86,21 +86,54 @@ class Inputs:
         return self._factor.U
 
 
-def refine(layer: HQQLinear, W: Tensor, config: QuantConfig, inputs: Inputs) -> Outcome:
-    """Give `layer`, quantised without data, the codes, scale and zero that suit its inputs, if that lowers the error.
+def refine(
+    layers: Sequence[HQQLinear], weights: Sequence[Tensor], config: QuantConfig, inputs: Inputs
+) -> list[Outcome]:
+    """Give layers, quantised without data, the codes, scale and zero that suit their inputs, where the error falls.
 
-    W: the weight, float [N, K], on the layer's device. config: the layer's. Scale and zero stay where they are stored
-    as codes themselves, and where groups reach over several rows; codes alone are then searched for.
+    weights: of the layers, float [N, K], on their device. config: that of all of them. inputs: those that they share.
+    Scale and zero stay where they are stored as codes themselves, and where groups reach over several rows; codes
+    alone are then searched for.
     """
     if inputs.reason is not None:
-        return Outcome(fallback=inputs.reason)
-    H, target = inputs.moments.H, inputs.target(W)
+        return [Outcome(fallback=inputs.reason) for _ in layers]
+    targets = [inputs.target(W) for W in weights]
+    found = _solutions(layers, targets, config, inputs)
+    return [_adopt(*each, inputs.moments.H) for each in zip(layers, targets, found, strict=True)]
+
+
+def _solutions(
+    layers: Sequence[HQQLinear], targets: Sequence[Tensor], config: QuantConfig, inputs: Inputs
+) -> list[Solution]:
+    specs = [_spec(layer) for layer in layers]
+    fixed = [layer._scale_and_zero() if _is_fixed(layer) else None for layer in layers]
+    solve = group_solver(config, specs[0].max_code, layers[0].compute_dtype)
+    if config.axis == 0 or any(fixed):
+        return [
+            solve_with_feedback(target, inputs.factor, spec, solve, given)
+            for target, spec, given in zip(targets, specs, fixed, strict=True)
+        ]
+    # Rows do not know of each other: those of several weights go through their columns together.
+    stacked = torch.cat(list(targets))
+    whole = solve_with_feedback(stacked, inputs.factor, replace(specs[0], shape=tuple(stacked.shape)), solve)
+    parts = (torch.split(part, [spec.grouping.num_groups for spec in specs]) for part in whole)
+    return [Solution(*each) for each in zip(*parts, strict=True)]
+
+
+def _spec(layer: HQQLinear) -> QSpec:
+    """Return the layer's description, without how its codes are stored."""
+    spec = layer.qtensor().spec
+    return QSpec(spec.nbits, spec.shape, spec.group_size, spec.axis, FORMAT_OF_BITS[spec.nbits])
+
+
+def _is_fixed(layer: HQQLinear) -> bool:
     q = layer.qtensor()
-    spec = QSpec(q.spec.nbits, q.spec.shape, q.spec.group_size, q.spec.axis, FORMAT_OF_BITS[q.spec.nbits])
-    quantized_stats = isinstance(q.scale, QTensor) or isinstance(q.zero, QTensor)
-    fixed = layer._scale_and_zero() if quantized_stats or not can_follow(spec) else None
-    solve = group_solver(config, spec.max_code, layer.compute_dtype)
-    found = solve_with_feedback(target, inputs.factor, spec, solve, fixed)
+    return isinstance(q.scale, QTensor) or isinstance(q.zero, QTensor) or not can_follow(_spec(layer))
+
+
+def _adopt(layer: HQQLinear, target: Tensor, found: Solution, H: Tensor) -> Outcome:
+    """Give `found` to the layer if it is better and can be stored."""
+    q, spec = layer.qtensor(), _spec(layer)
     outcome = Outcome(
         before=output_error(target - _values(q, layer), H),
         after=output_error(target - spec.grouping.ungroup((found.codes - found.zero) * found.scale), H),
@@ -112,7 +145,7 @@ def refine(layer: HQQLinear, W: Tensor, config: QuantConfig, inputs: Inputs) -> 
     codes = pack(found.codes, FORMATS[FORMAT_OF_BITS[spec.nbits]])
     if q.spec.view_as_float:
         codes = view_codes_as_float(codes, layer.compute_dtype)
-    new = QTensor(codes, *((q.scale, q.zero) if fixed is not None else found[1:]), q.spec)
+    new = QTensor(codes, *((q.scale, q.zero) if _is_fixed(layer) else found[1:]), q.spec)
     try:
         check_representable(new, layer.compute_dtype)
     except WeightError as error:
