@@ -16,7 +16,8 @@ class LayerRow:
     """One quantised layer.
 
     bytes: codes, scale, zero and bias together. error: Frobenius norm of (W - dequantised) over that of W, or None
-    if it was not asked for or is not known. seconds: time to quantise (0 for a layer read from a file).
+    if it was not asked for or is not known. seconds: time that the host spent on it (0 for a layer read from
+    a file); a GPU that holds the weight may still be at it.
     shared_with: name of the layer whose tensors this one uses; its bytes are counted there.
     output_error_before, output_error: of a calibrated layer, error of the outputs for the inputs it was calibrated
     with, relative to their norm: of the data-free solution and of the one that is used; None if no inputs were seen.
