@@ -3,15 +3,15 @@
     python -m benchmarks.cpu_matmul [--threads 2] [--repetitions 15] [--tokens 64] [--output FILE]
 
 One call of each variant in turn, `repetitions` times; a buffer larger than the caches is written before each call, so
-that weights come from memory, as in a model. What is reported is the least time of each, because on a busy machine only
-that says something of the code; the median stands beside it. `plain` is torch's F.linear, `reference` dequantises and
+that weights come from memory, as in a model. What is reported is the least of each, because on a busy machine only that
+says something of the code: `min_ms` of the wall clock, `cpu_ms` of the processor time of all threads, which other work
+on the machine hardly touches, and from which the ratios are. `plain` is torch's F.linear, `reference` dequantises and
 multiplies (backend "pytorch"), `cpu` is the backend of that name. Groups of 64 along the inputs.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,18 +54,18 @@ def variants(N: int, K: int) -> dict[tuple[str, str], nn.Module]:
     return layers
 
 
-def in_turn(calls: dict[Any, Call], repetitions: int) -> dict[Any, list[float]]:
-    """Return the seconds of `repetitions` calls of each, one of each at a time and with cold caches."""
+def in_turn(calls: dict[Any, Call], repetitions: int) -> dict[Any, tuple[float, float]]:
+    """Return the least wall-clock and processor seconds of `repetitions` calls of each, in turn, with cold caches."""
     flush = torch.empty(CACHE_BYTES // 4)
-    times: dict[Any, list[float]] = {key: [] for key in calls}
+    times: dict[Any, list[tuple[float, float]]] = {key: [] for key in calls}
     for repetition in range(repetitions + 1):
         for key, call in calls.items():
             flush.fill_(repetition)
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             call()
             if repetition:  # the first is the warm-up
-                times[key].append(time.perf_counter() - start)
-    return times
+                times[key].append((time.perf_counter() - start, time.process_time() - start_cpu))
+    return {key: (min(wall for wall, _ in t), min(cpu for _, cpu in t)) for key, t in times.items()}
 
 
 def layer_rows(N: int, K: int, repetitions: int) -> list[dict[str, Any]]:
@@ -79,9 +79,8 @@ def layer_rows(N: int, K: int, repetitions: int) -> list[dict[str, Any]]:
             return lambda: layer(x)
 
         calls = {key: call(layer, inputs[_dtype(layer)]) for key, layer in layers.items()}
-        times = in_turn(calls, repetitions)
-        best = {key: min(values) for key, values in times.items()}
-        for (weight, how), seconds in best.items():
+        best = in_turn(calls, repetitions)
+        for (weight, how), (wall, cpu) in best.items():
             rows.append(
                 {
                     "N": N,
@@ -89,10 +88,10 @@ def layer_rows(N: int, K: int, repetitions: int) -> list[dict[str, Any]]:
                     "M": M,
                     "weight": weight,
                     "how": how,
-                    "min_ms": round(seconds * 1e3, 3),
-                    "median_ms": round(statistics.median(times[weight, how]) * 1e3, 3),
-                    "of_bf16": round(seconds / best["bf16", "plain"], 2),
-                    "of_fp32": round(seconds / best["fp32", "plain"], 2),
+                    "min_ms": round(wall * 1e3, 3),
+                    "cpu_ms": round(cpu * 1e3, 3),
+                    "of_bf16": round(cpu / best["bf16", "plain"][1], 2),
+                    "of_fp32": round(cpu / best["fp32", "plain"][1], 2),
                 }
             )
     return rows
@@ -128,8 +127,14 @@ def model_rows(tokens: int, repetitions: int) -> list[dict[str, Any]]:
     with torch.no_grad():
         times = in_turn(calls, repetitions)
     return [
-        {"weight": w, "how": how, "tokens_per_s": round(tokens / min(values), 1), "layers": kinds[w, how]}
-        for (w, how), values in times.items()
+        {
+            "weight": weight,
+            "how": how,
+            "tokens_per_s": round(tokens / wall, 1),
+            "tokens_per_cpu_s": round(tokens / cpu, 1),
+            "layers": kinds[weight, how],
+        }
+        for (weight, how), (wall, cpu) in times.items()
     ]
 
 
@@ -149,7 +154,7 @@ def main() -> None:
     print(table(rows))
     decoding = model_rows(arguments.tokens, max(3, arguments.repetitions // 3))
     print(table(decoding))
-    note = "least of the repetitions; other work may have run on the machine's cores, see load_average"
+    note = "least of the repetitions; other work ran on the same cores if load_average is above `threads`"
     capability = torch.backends.cpu.get_cpu_capability()
     results = {"products": rows, "decoding": decoding}
     write_json(
