@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hqq.core.linear import HQQLinear
 from hqq.errors import BackendError, ConfigError
-from hqq.kernels.tiled_linear import tiled_linear
+from hqq.kernels.tiled_op import tiled_linear
 from hqq.kernels.tiled_weight import TiledWeight
 
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

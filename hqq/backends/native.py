@@ -12,7 +12,7 @@ from hqq.core.prepared import PreparedWeight, plain
 from hqq.core.qtensor import QSpec, QTensor
 from hqq.errors import BackendError
 from hqq.kernels.cuda.module import unavailable_reason
-from hqq.kernels.tiled_linear import tiled_dequantize, tiled_linear
+from hqq.kernels.tiled_op import tiled_dequantize, tiled_linear
 from hqq.kernels.tiled_weight import TiledWeight, tiled_support
 
 

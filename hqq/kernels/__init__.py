@@ -10,8 +10,8 @@ _EXPORTS = {
     "dequantize_qtensor": "hqq.kernels.dequant",
     "solve_and_pack": "hqq.kernels.solve",
     "TiledWeight": "hqq.kernels.tiled_weight",
-    "tiled_dequantize": "hqq.kernels.tiled_linear",
-    "tiled_linear": "hqq.kernels.tiled_linear",
+    "tiled_dequantize": "hqq.kernels.tiled_op",
+    "tiled_linear": "hqq.kernels.tiled_op",
     "tiled_support": "hqq.kernels.tiled_weight",
     "unavailable_reason": "hqq.kernels.availability",
 }
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from hqq.kernels.dequant import dequantize as dequantize
     from hqq.kernels.dequant import dequantize_qtensor as dequantize_qtensor
     from hqq.kernels.solve import solve_and_pack as solve_and_pack
-    from hqq.kernels.tiled_linear import tiled_dequantize as tiled_dequantize
-    from hqq.kernels.tiled_linear import tiled_linear as tiled_linear
+    from hqq.kernels.tiled_op import tiled_dequantize as tiled_dequantize
+    from hqq.kernels.tiled_op import tiled_linear as tiled_linear
     from hqq.kernels.tiled_weight import TiledWeight as TiledWeight
     from hqq.kernels.tiled_weight import tiled_support as tiled_support
 
