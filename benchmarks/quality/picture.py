@@ -10,35 +10,45 @@ from typing import Any
 
 from benchmarks.harness import RESULTS
 
-FILES = ("quality.json", "quality_group_sizes.json")
+FILES = ("quality.json", "quality_group_sizes.json", "quality_calibration.json")
+# By solver and calibration.
 STYLES = {
-    "minmax": ("min-max rounding", "#999999"),
-    "hqq": ("hqq (the original's)", "#d1603d"),
-    "als": ("als (default)", "#0b6e99"),
+    ("minmax", "none"): ("min-max rounding", "#999999"),
+    ("hqq", "none"): ("hqq (the original's)", "#d1603d"),
+    ("als", "none"): ("als (default)", "#0b6e99"),
+    ("als", "self"): ("als, self-calibrated", "#2f9e44"),
 }
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write a picture of `rows`: KL against bits per weight, a panel for each axis.
 
-    A line joins the group sizes of one solver at one number of bits. Bit widths that take no less memory than a better
-    one (6 and 5 bits are stored as 8, 1.58 as 2) and whole channels are left out.
+    A line joins the group sizes of one solver and calibration at one number of bits. Bit widths that take no less
+    memory than a better one (6 and 5 bits are stored as 8, 1.58 as 2) and whole channels are left out.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [row for row in rows if row["nbits"] in (4, 3, 2) and row["group_size"] != "channel"]
+    shown = [
+        row
+        for row in rows
+        if row["nbits"] in (4, 3, 2) and row["group_size"] != "channel" and not row.get("seed")
+    ]
     axes = sorted({row["axis"] for row in shown}, reverse=True)
     figure, panels = pyplot.subplots(1, len(axes), figsize=(4.8 * len(axes), 3.8), sharey=True, squeeze=False)
     for panel, axis in zip(panels[0], axes, strict=True):
-        for solver, (label, colour) in STYLES.items():
+        for (solver, calibration), (label, colour) in STYLES.items():
             for nbits in (4, 3, 2):
+                wanted = (axis, solver, calibration, nbits)
                 points = sorted(
-                    (row["bits_per_weight"], row["kl"])
-                    for row in shown
-                    if (row["axis"], row["solver"], row["nbits"]) == (axis, solver, nbits)
+                    {
+                        row["bits_per_weight"]: row["kl"]
+                        for row in shown
+                        if (row["axis"], row["solver"], row.get("calibration", "none"), row["nbits"])
+                        == wanted
+                    }.items()
                 )
                 if points:
                     named = label if nbits == 4 else None

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from hqq import Calibration, HQQLinear, QuantConfig, quantize_model
 from hqq.core.experts import HQQExperts
 from hqq.core.modules import named_sites
+from hqq.models.calibration import text
 from hqq.models.calibration.text import write_text
 from hqq.models.report import QuantizationReport
 from tests.models.zoo import ARCHITECTURES, ConvNet, build, llama, run
@@ -94,8 +95,8 @@ def test_text_of_its_own_halves_what_two_bits_cost() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     full = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).eval()
-    text = (SHIPPED / "heldout.txt").read_text(encoding="utf-8")[:8000]
-    ids = AutoTokenizer.from_pretrained(SHIPPED)(text, return_tensors="pt")["input_ids"][:, :1024]
+    held_out = (SHIPPED / "heldout.txt").read_text(encoding="utf-8")[:8000]
+    ids = AutoTokenizer.from_pretrained(SHIPPED)(held_out, return_tensors="pt")["input_ids"][:, :1024]
     expected = run(full, {"input_ids": ids.view(2, -1)})
     costs = []
     for calibration in (None, Calibration(sequences=16, length=256)):
@@ -273,6 +274,36 @@ def test_the_model_is_left_as_a_data_free_one_is(rng: torch.Generator) -> None:
     assert shapes[0] == shapes[1]
 
 
+def test_blocks_spread_over_devices(rng: torch.Generator) -> None:
+    model, inputs = llama(rng)
+    model.eval()
+    twin = copy.deepcopy(model)
+    calibration = Calibration("random", **FEW)
+    quantize_model(model, CONFIG, calibration=calibration, device=["cpu", "cpu"], progress=False)
+    quantize_model(twin, CONFIG, calibration=calibration, device="cpu", progress=False)
+    assert torch.equal(run(model, inputs), run(twin, inputs))
+    # The movers of inputs, once each.
+    assert all(len(block._forward_pre_hooks) == 1 for block in model.model.layers)
+    assert not any(module._forward_pre_hooks for module in twin.modules())
+
+
+def test_little_memory_means_text_in_turns(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[int] = []
+
+    def small(model: nn.Module, sequences: int, *args: Any) -> Tensor:
+        if sequences > 2:
+            raise torch.cuda.OutOfMemoryError
+        turns.append(sequences)
+        return write_text(model, sequences, *args)
+
+    monkeypatch.setattr(text, "write_text", small)
+    model, _ = llama(rng)
+    written = text.tokens_for(model.eval(), Calibration("self", sequences=5, length=8), 64, False)
+    assert written is not None
+    assert (turns, written.shape) == ([2, 1, 2], (5, 8))
+    assert len(written.unique(dim=0)) == 5
+
+
 def test_weights_are_let_go_of_when_their_codes_exist(rng: torch.Generator) -> None:
     model, _ = llama(rng)
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.lm_head]
@@ -285,9 +316,9 @@ def test_text_follows_the_models_own_distribution(rng: torch.Generator) -> None:
     model, _ = llama(rng)
     with torch.no_grad():
         model.lm_head.weight.mul_(3000)  # certain of the next token, nearly always
-    text = write_text(model.eval(), 5, 24, 96, seed=3)
-    assert text.shape == (5, 24)
-    assert torch.equal(text, write_text(model, 5, 24, 96, seed=3))
-    assert not torch.equal(text[:, 0], write_text(model, 5, 24, 96, seed=4)[:, 0])
-    likeliest = run(model, {"input_ids": text})[:, :-1].argmax(-1)
-    assert (likeliest == text[:, 1:]).double().mean() > 0.9
+    written = write_text(model.eval(), 5, 24, 96, seed=3)
+    assert written.shape == (5, 24)
+    assert torch.equal(written, write_text(model, 5, 24, 96, seed=3))
+    assert not torch.equal(written[:, 0], write_text(model, 5, 24, 96, seed=4)[:, 0])
+    likeliest = run(model, {"input_ids": written})[:, :-1].argmax(-1)
+    assert (likeliest == written[:, 1:]).double().mean() > 0.9

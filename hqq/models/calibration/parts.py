@@ -25,6 +25,7 @@ from hqq.models.calibration.units import Unit
 from hqq.models.calibration.watch import Watch, rows_of
 from hqq.models.calibration.weights import Inputs, Outcome, refine
 from hqq.models.install import as_shared, install, layer_row, main_member, quantized, relative_error
+from hqq.models.placement import Placement
 from hqq.models.preflight import ErrorsName, resolved_solver
 from hqq.models.report import LayerRow
 
@@ -87,6 +88,7 @@ class Parts:
         self,
         model: nn.Module,
         settings: Calibration,
+        placement: Placement,
         compute_dtype: torch.dtype | None,
         errors: bool,
         folder: WorkFolder,
@@ -96,6 +98,7 @@ class Parts:
         self.rows: dict[str, list[LayerRow]] = {}
         self.kept: list[Tensor | None] = []
         self._model, self._settings, self._compute_dtype = model, settings, compute_dtype
+        self._placement = placement
         self._errors, self._folder, self._modes, self._bar = errors, folder, modes, bar
 
     def part(
@@ -219,7 +222,9 @@ class Parts:
         return Done(layer, Outcome(**state["outcome"]), state["error"], state["seconds"])
 
     def _install(self, site: Site, done: Done) -> None:
-        job = site.job
+        job, target = site.job, self._placement.device_of(site.name)
+        if target is not None and done.layer.device != target:
+            done.layer.to(target)
         if site.experts is not None:
             owner, _, leaf = site.name.rpartition(".")
             module = find_module(self._model, owner)

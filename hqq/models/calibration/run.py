@@ -55,7 +55,7 @@ def calibrate(
         batches = batches_of(model, settings, tokens)
         chain = find_chain(model, [site.name for site in sites], batches)
         with progress_bar(len(sites), "Calibrating", progress) as bar:
-            run = Parts(model, settings, compute_dtype, errors, folder, modes, bar)
+            run = Parts(model, settings, placement, compute_dtype, errors, folder, modes, bar)
             run.kept = [batch.kept for batch in batches]
             if chain is None:
                 nothing = [torch.empty(0)] * len(batches)

@@ -45,7 +45,7 @@ def tokens_for(model: nn.Module, settings: Calibration, widest: int, progress: b
     if settings.data == RANDOM:
         generator = torch.Generator().manual_seed(settings.seed)
         return torch.randint(vocabulary, (wanted, length), generator=generator)
-    return write_text(model, wanted, length, vocabulary, settings.seed, progress)
+    return _write_in_turns(model, wanted, length, vocabulary, settings.seed, progress)
 
 
 def context(model: nn.Module, length: int) -> int:
@@ -74,6 +74,23 @@ def _can_write(model: nn.Module) -> bool:
     can = getattr(model, "can_generate", None)
     encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return bool(can()) if callable(can) and not encodes else False
+
+
+def _write_in_turns(
+    model: nn.Module, sequences: int, length: int, vocabulary: int, seed: int, progress: bool
+) -> Tensor:
+    """Return text as `write_text` does, in as many turns as the device's memory takes."""
+    try:
+        return write_text(model, sequences, length, vocabulary, seed, progress)
+    except torch.cuda.OutOfMemoryError:
+        if sequences == 1:
+            raise
+    parts = (sequences // 2, sequences - sequences // 2)
+    turns = [
+        _write_in_turns(model, count, length, vocabulary, seed + i * sequences, progress)
+        for i, count in enumerate(parts)
+    ]
+    return torch.cat(turns)
 
 
 @torch.no_grad()
