@@ -70,8 +70,9 @@ def quantize_model(
     Every layer is checked before the first is changed, except that NaN and infinity in weights that go from the CPU to
     a GPU are found when it is their turn, and values beyond compute_dtype's largest when a weight has been solved.
     Memory stays below the model and one layer: a weight is freed when its codes exist. Raises ConfigError (nothing to
-    quantise, already quantised, a group size that does not divide, patterns that fit nothing), WeightError, DtypeError
-    or ShapeError, which name the layer.
+    quantise, already quantised, a group size that does not divide, patterns that fit nothing, calibration data that is
+    too little or does not suit the model), WeightError, DtypeError or ShapeError, which name the layer. Calibration
+    that ends in an error leaves the blocks before it quantised; with a folder, a fresh copy of the model goes on.
     """
     start = time.perf_counter()
     settings = as_calibration(calibration)
