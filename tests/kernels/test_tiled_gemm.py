@@ -1,0 +1,141 @@
+"""The fused GEMM and the way from tiles back to a matrix: the kernels' own sources on the host, on small shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from hqq.kernels import tile_dequant, tiled_gemm
+from hqq.kernels.tiled_gemm_config import GemmConfig, choose, fitted
+from hqq.kernels.tiled_weight import TiledWeight
+from tests.kernels.cuda_on_host.host_kernel import HostKernel, compiler
+from tests.kernels.cuda_on_host.launchers import kernels_on_host
+from tests.kernels.tiled import LIMIT, exact, random_qtensor
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
+
+FP16, BF16 = torch.float16, torch.bfloat16
+
+
+class Case(NamedTuple):
+    bits: int
+    axis: int
+    group_size: int | None
+    N: int
+    K: int
+    M: int
+    dtype: torch.dtype
+    config: GemmConfig
+    multiprocessors: int = 3
+
+
+CASES = {
+    "8 bit, groups of 192": Case(8, 1, 192, 256, 384, 17, FP16, GemmConfig(32, depth=2, joint=2)),
+    "4 bit, tiles of 32 features": Case(4, 1, 64, 512, 512, 70, BF16, GemmConfig(64, 2, 2, 3, 2, 3, 2)),
+    "4 bit, axis 0, cluster": Case(
+        4, 0, 64, 1024, 128, 40, BF16, GemmConfig(64, 1, 2, 2, stages=2, cluster=2), 2
+    ),
+    "4 bit, ragged N": Case(4, 1, 16, 100, 192, 20, FP16, GemmConfig(32, 1, 2, 3, stages=2)),
+    "3 bit, axis 0, odd R": Case(3, 0, 32, 96, 100, 20, FP16, GemmConfig(16, depth=2, stages=2), 2),
+    "2 bit, whole rows, odd K": Case(2, 1, None, 72, 101, 5, BF16, GemmConfig(16, 1, 2, 2, stages=2), 2),
+    "1 bit, axis 0, two blocks of tokens": Case(
+        1, 0, 64, 512, 512, 33, FP16, GemmConfig(32, depth=2, cluster=2, steps=1), 4
+    ),
+}
+
+
+@pytest.fixture
+def on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    monkeypatch.setattr(tile_dequant, "_cache_bytes", lambda device: 0)
+    with kernels_on_host(tiled_gemm), kernels_on_host(tile_dequant):
+        yield monkeypatch
+
+
+def arguments(weight: TiledWeight) -> tuple[Tensor | int, ...]:
+    N, K = weight.spec.shape
+    return (weight.codes, weight.meta, weight.rows, weight.bits, weight.spec.axis, weight.group_size, N, K)
+
+
+def product(weight: TiledWeight, x: Tensor, bias: Tensor | None, config: GemmConfig) -> Tensor:
+    N = weight.spec.shape[0]
+    guard = torch.full((x.shape[0] + 2, N), float("nan"), dtype=x.dtype)
+    tiled_gemm.tiled_gemm(x, *arguments(weight), bias, guard[1:-1], config)  # type: ignore[arg-type]
+    assert guard[0].isnan().all()
+    assert guard[-1].isnan().all()
+    return guard[1:-1].double()
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_product_agrees_with_fp64_and_repeats(case: Case, on_host: pytest.MonkeyPatch) -> None:
+    on_host.setattr(tiled_gemm, "_multiprocessors", lambda device: case.multiprocessors)
+    q = random_qtensor(case.bits, case.N, case.K, case.axis, case.group_size, case.dtype)
+    weight = TiledWeight.from_qtensor(q, case.dtype)
+    x, bias = torch.randn(case.M, case.K).to(case.dtype), torch.randn(case.N).to(case.dtype)
+    found = product(weight, x, bias, case.config)
+    assert relative_error(found, x.double() @ exact(q).T + bias.double()) <= LIMIT[case.dtype]
+    # Another order of threads and blocks.
+    on_host.setattr(tiled_gemm, "Kernel", partial(HostKernel, seed=1))
+    tiled_gemm._kernels.cache_clear()
+    assert torch.equal(found, product(weight, x, bias, case.config))
+
+
+@needs_compiler
+@pytest.mark.parametrize("axis", [0, 1])
+def test_joined_weights(axis: int, on_host: pytest.MonkeyPatch) -> None:
+    # Scales of very different size: along axis 0 each part is kept with another power of two.
+    on_host.setattr(tiled_gemm, "_multiprocessors", lambda device: 3)
+    parts = [random_qtensor(4, N, 128, axis, 16, FP16) for N in (160, 48)]
+    assert isinstance(parts[1].scale, Tensor)
+    parts[1].scale /= 64
+    weight = TiledWeight.cat([TiledWeight.from_qtensor(q, FP16) for q in parts])
+    x = torch.randn(20, 128).half()
+    found = product(weight, x, None, GemmConfig(32, 1, 2, 2, stages=2))
+    for result, q in zip(found.split([160, 48], dim=1), parts, strict=True):
+        assert relative_error(result, x.double() @ exact(q).T) <= LIMIT[FP16]
+
+
+SHAPES = {
+    8: (1, 100, 192, 16),
+    4: (0, 128, 320, 64),
+    3: (0, 96, 100, 32),
+    2: (1, 72, 101, None),
+    1: (1, 112, 192, 64),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("bits", SHAPES)
+def test_dequantised_tiles_equal_the_reference(
+    bits: int, dtype: torch.dtype, on_host: pytest.MonkeyPatch
+) -> None:
+    axis, N, K, group_size = SHAPES[bits]
+    q = random_qtensor(bits, N, K, axis, group_size, dtype)
+    guard = torch.full((N + 2, K), float("nan"), dtype=dtype)
+    weight = TiledWeight.from_qtensor(q, dtype)
+    tile_dequant.tile_dequantize(*arguments(weight), out=guard[1:-1])  # type: ignore[arg-type]
+    assert torch.equal(guard[1:-1], q.dequantize(dtype))
+    assert guard[0].isnan().all()
+    assert guard[-1].isnan().all()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
+@pytest.mark.parametrize("group", [0, 16, 64])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("M", [1, 17, 33, 65, 129, 200, 512])
+def test_chosen_settings_fit_a_multiprocessor(M: int, axis: int, group: int, bits: int) -> None:
+    config = fitted(choose(M, 4096, 4096, bits, 132), bits, axis, max(group, 16 * (1 - axis)))
+    assert config.fits(bits, axis, group)
+    assert config.tokens >= min(M, 256)
+    assert config.span % config.joint == 0
+    assert config.span * config.blocks % 2 == 0
