@@ -5,55 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hqq.backends.cpu_int4 import int4_linear, pack_codes, unpack_codes
 from hqq.backends.int4 import Int4Weight, why_not_int4
 from hqq.backends.int8_grouped import int8_grouped_linear
-from hqq.backends.nibbles import nibble_order, unpack_nibbles
 from hqq.core.bitpack import pack
 from hqq.core.prepared import PreparedWeight, plain
 from hqq.core.qtensor import QSpec, QTensor
 
-# torch packs blocks of 16, 32 or 64 rows, whatever suits the CPU, each by itself.
-_BLOCK_ROWS, _SMALLEST_ROWS = 64, 16
-
-
-def _pack(codes: Tensor) -> Tensor:
-    return torch._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
-
-
-# An operator of its own: a compiler is not to trace how the order is found.
-@torch.library.custom_op("hqq::cpu_int4_codes", mutates_args=())
-def _unpack(packed: Tensor, N: int, K: int) -> Tensor:
-    """Return the codes [N, K] (uint8) of what `_pack` returned."""
-    octets = packed.reshape(-1)
-    whole = N // _BLOCK_ROWS * _BLOCK_ROWS
-    parts = []
-    for rows, start, stop in ((_BLOCK_ROWS, 0, whole), (N - whole, whole, N)):
-        if stop > start:
-            order = nibble_order(_pack, rows, K, packed.device)
-            blocks = octets[start * K // 2 : stop * K // 2].reshape((stop - start) // rows, -1)
-            parts.append(unpack_nibbles(blocks, order).reshape(-1, K))
-    return torch.cat(parts)
-
-
-@_unpack.register_fake
-def _(packed: Tensor, N: int, K: int) -> Tensor:
-    return packed.new_empty((N, K), dtype=torch.uint8)
+_SMALLEST_ROWS = 16
 
 
 class CPUInt4Weight(Int4Weight):
-    """A weight for `aten::_weight_int4pack_mm_for_cpu`."""
+    """A weight for torch's int4 product on the CPU."""
 
     backend = "cpu"
 
     def pack_codes(self, codes: Tensor) -> Tensor:
-        return _pack(codes)
+        return pack_codes(codes)
 
     def unpack_codes(self) -> Tensor:
-        codes: Tensor = _unpack(self.packed, *self.spec.shape)
+        codes: Tensor = unpack_codes(self.packed, *self.spec.shape)
         return codes
 
     def product(self, x: Tensor) -> Tensor:
-        y: Tensor = torch._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.s_and_z)
+        y: Tensor = int4_linear(x, self.packed, self.s_and_z, self.spec.shape[0])
         return y
 
 

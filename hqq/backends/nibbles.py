@@ -18,22 +18,29 @@ def nibbles(packed: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def nibble_order(pack: Pack, rows: int, columns: int, device: torch.device) -> Tensor:
-    """Return which element of a matrix of codes [rows, columns] each nibble of `pack(matrix)` holds: int64 [nibbles].
+def nibble_places(pack: Pack, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Return at which nibble of `pack(matrix)` each code of a matrix [rows, columns] lies: int32 [rows * columns].
 
     `pack` takes int32 codes and must only move them. It is asked to pack the digits, in base 16, of every element's
     own number, so that the packed digits together tell where every element went.
     """
     number = torch.arange(rows * columns, device=device)
-    order = torch.zeros(rows * columns, dtype=torch.int64, device=device)
+    held = torch.zeros(rows * columns, dtype=torch.int64, device=device)
     for shift in range(0, (rows * columns - 1).bit_length(), 4):
         digits = ((number >> shift) & 15).to(torch.int32).reshape(rows, columns)
-        order |= nibbles(pack(digits)).flatten().to(torch.int64) << shift
-    return order
+        held |= nibbles(pack(digits)).flatten().to(torch.int64) << shift
+    places = torch.empty_like(number)
+    places[held] = number
+    return places.to(torch.int32)
 
 
-def unpack_nibbles(packed: Tensor, order: Tensor) -> Tensor:
-    """Return the codes (uint8) [blocks, codes] of blocks [blocks, bytes of one], each packed in `order`."""
-    codes = torch.empty((packed.shape[0], order.numel()), dtype=torch.uint8, device=packed.device)
-    codes[:, order] = nibbles(packed)
+def unpack_nibbles(packed: Tensor, places: Tensor) -> Tensor:
+    """Return the codes (uint8) [blocks, codes] of blocks [blocks, bytes of one], each packed in the same order."""
+    held = nibbles(packed)
+    if held.device.type != "cpu":
+        return held.index_select(1, places)
+    # Vector by vector, which torch's CPU code is three times faster at.
+    codes = torch.empty((held.shape[0], places.numel()), dtype=torch.uint8)
+    for block, its_codes in zip(held, codes, strict=True):
+        torch.index_select(block, 0, places, out=its_codes)
     return codes

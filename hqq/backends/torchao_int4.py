@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hqq.backends.int4 import Int4Weight, why_not_int4
-from hqq.backends.nibbles import nibble_order, unpack_nibbles
+from hqq.backends.nibbles import nibble_places, unpack_nibbles
 from hqq.core.qtensor import QSpec, QTensor
 
 # torch packs blocks of 8 outputs by 16 * inner_k_tiles inputs, each by itself.
@@ -33,8 +33,8 @@ def _unpack(packed: Tensor, N: int, K: int) -> Tensor:
     """Return the codes [N, K] (uint8) of what `_pack` returned."""
     columns = _TILE * _tiles(K)
     blocks = N // _BLOCK_ROWS, K // columns
-    order = nibble_order(_pack, _BLOCK_ROWS, columns, packed.device)
-    codes = unpack_nibbles(packed.reshape(blocks[0] * blocks[1], -1), order)
+    places = nibble_places(_pack, _BLOCK_ROWS, columns, packed.device)
+    codes = unpack_nibbles(packed.reshape(blocks[0] * blocks[1], -1), places)
     return codes.reshape(*blocks, _BLOCK_ROWS, columns).transpose(1, 2).reshape(N, K)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hqq.backends.cpu import MATMUL, CPUInt4Weight
 from hqq.backends.int8_grouped import int8_grouped_linear
-from hqq.backends.nibbles import nibble_order, nibbles, unpack_nibbles
+from hqq.backends.nibbles import nibble_places, nibbles, unpack_nibbles
 from hqq.core.experts import HQQExperts
 from hqq.core.linear import HQQLinear
 from hqq.core.prepared import PreparedWeight
@@ -52,7 +52,7 @@ def test_products_and_the_way_back(
     back = held.to_qtensor()
     assert back.spec == q.spec
     assert all(same_value(getattr(back, name), getattr(q, name)) for name in ("W_q", "scale", "zero"))
-    for M in (1, 7, 33):
+    for M in (1, 9, 260):
         x = torch.randn(M, K, generator=rng).bfloat16()
         y, expected = held.multiply(x), product(q, x)
         assert y.dtype == torch.bfloat16
@@ -183,6 +183,20 @@ def test_the_unpacking_operator_is_complete(N: int, rng: torch.Generator) -> Non
     assert torch.equal(operator(packed, N, 64), codes.to(torch.uint8))
 
 
+@pytest.mark.parametrize("M", [2, 257])
+def test_the_int4_operator_is_complete(M: int, rng: torch.Generator) -> None:
+    codes = torch.randint(0, 16, (272, 128), generator=rng, dtype=torch.int32)
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+    x = torch.randn(M, 128, generator=rng).bfloat16()
+    s_and_z = torch.randn(2, 272, 2, generator=rng).bfloat16()
+    operator = torch.ops.hqq.cpu_int4_linear.default
+    torch.library.opcheck(operator, (x, packed, s_and_z, 272), test_utils=_CHECKS)
+    s, z = s_and_z.double().transpose(0, 1).repeat_interleave(64, 1).unbind(-1)
+    expected = x.double() @ ((codes.double() - 8) * s + z).t()
+    error = operator(x, packed, s_and_z, 272).double() - expected
+    assert float(error.norm()) <= 1e-2 * float(expected.norm())
+
+
 _CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
 
 
@@ -194,8 +208,8 @@ def test_codes_come_back_from_any_order(rng: torch.Generator) -> None:
         flat = codes.flatten().to(torch.uint8)
         return (flat[1::2] | flat[::2] << 4)[shuffle]
 
-    order = nibble_order(pack, 5, 34, CPU)
-    assert torch.equal(order.sort().values, torch.arange(5 * 34))
+    places = nibble_places(pack, 5, 34, CPU)
+    assert torch.equal(places.long().sort().values, torch.arange(5 * 34))
     codes = torch.randint(0, 16, (5, 34), generator=rng, dtype=torch.int32)
-    assert torch.equal(unpack_nibbles(pack(codes)[None], order).reshape(5, 34), codes.to(torch.uint8))
+    assert torch.equal(unpack_nibbles(pack(codes)[None], places).reshape(5, 34), codes.to(torch.uint8))
     assert nibbles(torch.tensor([0x21], dtype=torch.uint8)).tolist() == [1, 2]
