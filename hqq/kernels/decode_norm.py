@@ -14,6 +14,9 @@ from hqq.kernels.decode_launch import on, options, rounded
 from hqq.kernels.dequant_flow import start_next, wait_for_previous
 
 
+_WARP_COLUMNS = 256
+
+
 @triton.jit
 def _add_norm_kernel(
     hidden,
@@ -65,7 +68,7 @@ def add_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -
             eps,
             ADD=delta is not None,
             BLOCK=block,
-            num_warps=max(1, min(16, block // 256)),
+            num_warps=max(1, min(16, block // _WARP_COLUMNS)),
             **options(hidden.device, hidden.dtype),
         )
     return out

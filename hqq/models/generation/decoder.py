@@ -94,7 +94,7 @@ class Decoder:
         self._allocate()
 
     def fuse(self, family: Family) -> None:
-        """Decode with the fused step, which needs Triton; the prompt still goes through the model itself.
+        """Decode with the fused step, which needs Triton, and read prompts with its kernels as well.
 
         family: the parts of the model. Raises BackendError for a cache that the fused step does not take.
         """
@@ -126,7 +126,6 @@ class Decoder:
         """Begin with a left-padded batch of prompts [B, M] and return the tokens [B, 1] that follow them."""
         tokens = input_ids.shape[1]
         self._room = self.length - tokens
-        self.model.reset()
         self.finished.zero_()
         self.attention_mask.zero_()
         self.attention_mask[:, :tokens] = attention_mask
@@ -139,13 +138,15 @@ class Decoder:
             there = torch.zeros_like(self._seen, dtype=torch.long)
             self._seen.copy_(there.scatter_add(1, input_ids, attention_mask) > 0)
         self._draw()
-        where = torch.arange(tokens, device=input_ids.device)
-        logits = self._prefill(input_ids, attention_mask, positions, where)
+        if self._fused is not None:
+            logits = self._fused.prompt(input_ids, attention_mask)
+        else:
+            self.model.reset()
+            where = torch.arange(tokens, device=input_ids.device)
+            logits = self._prefill(input_ids, attention_mask, positions, where)
         self.position_ids.copy_(positions[:, -1:])
         self.cache_position.fill_(tokens - 1)
         self._advance(logits)
-        if self._fused is not None:
-            self._fused.start(attention_mask)
         return self.token
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,9 @@ from hqq.kernels.decode_choose import ChoiceSpace, choose_next
 from hqq.kernels.decode_logits import Filters
 from hqq.kernels.decode_mlp import silu_mul
 from hqq.kernels.decode_norm import add_norm
+from hqq.kernels.decode_prompt import prompt_heads
 from hqq.models.generation.family import Family, Layer, Norm
+from hqq.models.generation.prompt_attention import attend, prompt_mask
 from hqq.models.generation.sampling import Sampling
 
 
@@ -32,8 +34,12 @@ class _Layer:
     values: Tensor
 
 
+# Layer, queries, keys and values of its projections -> the attention's result.
+Attention = Callable[[_Layer, Tensor, Tensor, Tensor], Tensor]
+
+
 class FusedStep:
-    """The step for a batch of texts in a static cache, which the model's own forward pass has begun to fill.
+    """The step for a batch of texts in a static cache, and the pass over their prompts that begins to fill it.
 
     Four kernels and four products for each layer; everything that a step reads or writes stays in place, so that a
     CUDA graph can repeat it.
@@ -66,23 +72,48 @@ class FusedStep:
         self.begins = torch.zeros(batch, dtype=torch.int32, device=device)
         self.positions = torch.zeros(batch, dtype=torch.int32, device=device)
 
-    def start(self, attention_mask: Tensor) -> None:
-        """Take up the texts whose prompts, padded on the left as the mask [B, M] says, are in the cache now."""
-        tokens = attention_mask.shape[1]
+    def prompt(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Take up prompts [B, M], padded on the left as the mask [B, M] says; return the logits [B, V] after them."""
+        rows, tokens = input_ids.shape
         self.begins.copy_(tokens - attention_mask.sum(1))
         self.positions.fill_(tokens)
+        padded = bool(self.begins.any())
+        masks: dict[int | None, Tensor | None] = {}
+
+        def attention(layer: _Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            window = layer.layer.window
+            if window not in masks:
+                needed = padded or (window is not None and window < tokens)
+                masks[window] = prompt_mask(self.begins, tokens, window) if needed else None
+            cache = (layer.keys, layer.values)
+            turned = prompt_heads(q, k, v, *cache, self._cos, self._sin, self.begins, layer.heads)
+            queries = turned.view(rows, tokens, self._family.heads, -1).transpose(1, 2)
+            keys, values = (part[:, :, :tokens] for part in cache)
+            result = attend(queries, keys, values, masks[window], self._family.scale)
+            return result.transpose(1, 2).reshape(rows * tokens, -1)
+
+        hidden, delta = self._through(input_ids.reshape(-1), attention)
+        last = slice(tokens - 1, None, tokens)
+        return self._head(hidden[last].contiguous(), delta[last].contiguous())
 
     def logits(self, token: Tensor) -> Tensor:
         """Return the logits [B, V] after `token` [B, 1], which is in the cache then; `positions` stay as they are."""
-        family = self._family
-        hidden = family.embedding(token[:, 0])
+        return self._head(*self._through(token[:, 0], self._attention))
+
+    def _through(self, tokens: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
+        """Return what `tokens` [T] have become after all layers [T, K], and what is still to be added to it."""
+        hidden: Tensor = self._family.embedding(tokens)
         delta: Tensor | None = None
         for layer in self._layers:
             x = _normed(hidden, delta, layer.layer.before_attention)
-            delta = layer.layer.o(self._attention(layer, *layer.qkv(x)))
+            delta = layer.layer.o(attention(layer, *layer.qkv(x)))
             x = _normed(hidden, delta, layer.layer.before_mlp)
             delta = layer.layer.down(silu_mul(*layer.gate_up(x)))
-        logits: Tensor = family.head(_normed(hidden, delta, family.norm))
+        assert delta is not None
+        return hidden, delta
+
+    def _head(self, hidden: Tensor, delta: Tensor) -> Tensor:
+        logits: Tensor = self._family.head(_normed(hidden, delta, self._family.norm))
         return logits
 
     def advance(
