@@ -13,7 +13,6 @@ from hqq.kernels import decode_launch
 from hqq.kernels.decode_launch import on, options, rounded
 from hqq.kernels.dequant_flow import start_next, wait_for_previous
 
-
 _WARP_COLUMNS = 256
 
 
