@@ -88,9 +88,8 @@ class _Job:
         self.importance = None if importance is None else self._by_group(importance)
         self.layout = plan(self.groups.shape[0], self.groups.shape[1], W.device)
         self.starts = start_lattices(max_code, self.layout.length, self.zero)
-        self.fallback = torch.stack(self._min_max(W))
         self.codes = torch.empty_like(W, memory_format=torch.contiguous_format)
-        self.lattice = torch.empty_like(self.fallback)
+        self.lattice = W.new_empty((2, self.layout.groups))
 
     def solution(self) -> Solution:
         """Return what all blocks wrote."""
@@ -100,16 +99,16 @@ class _Job:
     def _by_group(self, matrix: Tensor) -> Tensor:
         return matrix if self.dim == 1 else matrix.t()
 
-    def _min_max(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scale and zero [G] of the lattice that spans each group, of those that the zero mode allows."""
+    def _min_max(self, groups: Tensor) -> Tensor:
+        """Return scale and zero [2, g] of the lattices that span `groups` [g, length] and that the mode allows."""
         if self.zero is None:
             integer = self.zero_mode == "integer"
             found = min_max_lattice(
-                W, self.dim, self.max_code, round_zero=integer, storage_dtype=self.storage_dtype
+                groups, 1, self.max_code, round_zero=integer, storage_dtype=self.storage_dtype
             )
-            return found.scale.flatten(), found.zero.flatten()
-        scale = span_about(W, self.dim, self.zero, self.max_code)
-        return scale, torch.full_like(scale, self.zero)
+            return torch.stack((found.scale.flatten(), found.zero.flatten()))
+        scale = span_about(groups, 1, self.zero, self.max_code)
+        return torch.stack((scale, torch.full_like(scale, self.zero)))
 
     @torch.no_grad()
     def run(self, blocks: Sequence[slice]) -> None:
@@ -127,7 +126,8 @@ class _Job:
         if weights is not None:
             layout.tile(self._weights(block), weights)
         missing = layout.width - (block.stop - block.start)
-        fallback = pad(self.fallback[:, block], (0, missing), value=1.0)
+        # Tile by tile like everything else: on whole weights torch would wake its threads for a few operations.
+        fallback = pad(self._min_max(self.groups[block]), (0, missing), value=1.0)
         unit, middle = fallback[0], max_code / 2 - fallback[1]
         torch.sub(values, layout.spread(middle * unit), out=centred).mul_(layout.spread(unit.reciprocal()))
         columns = Columns(layout, max_code, centred, weights, codes, scratch)
