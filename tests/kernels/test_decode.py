@@ -145,10 +145,10 @@ class Attention:
             self.window,
         )
 
-    def expected(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the result, and the key and value that go into the cache.
+    def heads(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the new query heads [KV, G, D], key and value heads [KV, D].
 
-        Heads are rounded as transformers rounds them: with other roundings, scores would be others.
+        Rounded as transformers rounds them: with other roundings, scores would be others.
         """
         begin, position = self.spans[row]
         cos, sin = self.cos[position - begin], self.sin[position - begin]
@@ -156,7 +156,12 @@ class Attention:
         k, v = (x[row].view(self.kv, self.head) for x in (self.k, self.v))
         if self.norm is not None:
             q, k = normed(q, self.norm.q, self.norm.eps), normed(k, self.norm.k, self.norm.eps)
-        q, k, v = rotated(q, cos, sin).double(), rotated(k, cos, sin).double(), v.double()
+        return rotated(q, cos, sin).double(), rotated(k, cos, sin).double(), v.double()
+
+    def expected(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the result, and the key and value that go into the cache."""
+        begin, position = self.spans[row]
+        q, k, v = self.heads(row)
         low = begin if self.window is None else max(begin, position - self.window + 1)
         keys = torch.cat((self.keys[row, :, low:position].double(), k[:, None]), dim=1)
         values = torch.cat((self.values[row, :, low:position].double(), v[:, None]), dim=1)
@@ -248,3 +253,35 @@ def test_the_likeliest_token(
         assert finished.tolist() == over
         assert (ids >= 0).sum() == rows * (step + 1)
     assert not space.arrived.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "norm"), [((2, 2, 16), False), ((1, 3, 80), True)], ids=str)
+def test_prompt_heads(
+    heads: tuple[int, int, int],
+    norm: bool,
+    dtype: torch.dtype,
+    rng: torch.Generator,
+    device: torch.device,
+    outputs: list[Tensor],
+) -> None:
+    from hqq.kernels.decode_prompt import prompt_heads
+
+    kv, _, head = heads
+    tokens, length, begins = 6, 9, [0, 2]
+    # One row of arguments for each token, as the attention of a single token has them.
+    spans = [(begin, max(place, begin)) for begin in begins for place in range(tokens)]
+    made = Attention(rng, device, dtype, heads, spans, length, norm, None)
+    keys, values = (
+        torch.full((2, kv, length, head), float("nan"), device=device, dtype=dtype) for _ in range(2)
+    )
+    start = torch.tensor(begins, dtype=torch.int32, device=device)
+    got = prompt_heads(made.q, made.k, made.v, keys, values, made.cos, made.sin, start, made.norm)
+    assert len(outputs) == 1
+    for index, (row, place) in enumerate((row, place) for row in range(2) for place in range(tokens)):
+        q, k, v = made.heads(index)
+        close(got[index].view_as(q), q, 3 if norm else 1)
+        close(keys[row, :, place], k, 3 if norm else 1)
+        assert torch.equal(values[row, :, place].double(), v)
+    assert keys[:, :, tokens:].isnan().all()
+    assert values[:, :, tokens:].isnan().all()
