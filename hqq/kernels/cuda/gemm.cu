@@ -51,8 +51,9 @@ struct Share {
     int first, last;
 
     HQQ_INLINE Share(int worker, int workers, int units) {
-        first = static_cast<int>(static_cast<int64_t>(units) * worker / workers);
-        last = static_cast<int>(static_cast<int64_t>(units) * (worker + 1) / workers);
+        // The host sees to it that units * workers fits.
+        first = static_cast<int>(static_cast<uint32_t>(units) * static_cast<uint32_t>(worker) / workers);
+        last = static_cast<int>(static_cast<uint32_t>(units) * static_cast<uint32_t>(worker + 1) / workers);
     }
 };
 
@@ -243,17 +244,48 @@ HQQ_INLINE void leave(const float (&sum)[BLOCKS][SUMS], float* partial, int* fla
     if (thread == 0) store_release(flags + block, 1);
 }
 
-HQQ_INLINE void collect(float (&sum)[BLOCKS][SUMS], float* partial, const int* flags, int block, int thread) {
-    while (load_acquire(flags + block) == 0) {
-    }
+constexpr int QUADS = BLOCKS * SUMS / 4;  // of four sums, of a thread
+
+HQQ_INLINE void fetch(float4 (&quad)[QUADS], float* partial, int block, int thread) {
     const float* from = partial_of(partial, block, thread);
 #pragma unroll
-    for (int b = 0; b < BLOCKS; ++b)
+    for (int i = 0; i < QUADS; ++i) quad[i] = load_shared_result(from + 4 * i * MULTIPLIERS);
+}
+
+HQQ_INLINE void add(float (&sum)[BLOCKS][SUMS], const float4 (&quad)[QUADS]) {
 #pragma unroll
-        for (int n = 0; n < SUMS; n += 4) {
-            const float4 v = load_shared_result(from + (b * SUMS + n) * MULTIPLIERS);
-            sum[b][n] += v.x, sum[b][n + 1] += v.y, sum[b][n + 2] += v.z, sum[b][n + 3] += v.w;
+    for (int i = 0; i < QUADS; ++i) {
+        float* four = &sum[4 * i / SUMS][4 * i % SUMS];
+        four[0] += quad[i].x, four[1] += quad[i].y, four[2] += quad[i].z, four[3] += quad[i].w;
+    }
+}
+
+// Adds what the `others` blocks before `block` left, in the order of inputs.
+HQQ_INLINE void collect(float (&sum)[BLOCKS][SUMS], float* partial, const int* flags, int block, int others, int thread) {
+    for (int i = thread % 32; i < others; i += 32) {
+        while (load_acquire(flags + block - (i + 1) * CLUSTER) == 0) {
         }
+    }
+    __syncwarp();
+    if constexpr (QUADS <= (RESIDENT == 1 ? 8 : 4)) {
+        // Few enough for the next ones to be on their way meanwhile.
+        float4 quad[2][QUADS];
+        fetch(quad[0], partial, block - CLUSTER, thread);
+#pragma unroll 1
+        for (int i = 0; i < others; i += 2) {
+            if (i + 1 < others) fetch(quad[1], partial, block - (i + 2) * CLUSTER, thread);
+            add(sum, quad[0]);
+            if (i + 2 < others) fetch(quad[0], partial, block - (i + 3) * CLUSTER, thread);
+            if (i + 1 < others) add(sum, quad[1]);
+        }
+    } else {
+#pragma unroll 1
+        for (int i = 0; i < others; ++i) {
+            float4 quad[QUADS];
+            fetch(quad, partial, block - (i + 1) * CLUSTER, thread);
+            add(sum, quad);
+        }
+    }
 }
 
 // ---- products -----------------------------------------------------------------------------------------------------
@@ -418,11 +450,12 @@ HQQ_INLINE void multiply(const Weight& w, const Output& out, const Work& work, f
             leave(sum, partial, flags, block, threadIdx.x);
         } else {
             // Worker w + 1 has the cluster before: blocks wait for earlier blocks only.
-            for (int done = count, other = 1; done < work.spans; ++other) {
-                collect(sum, partial, flags, block - other * CLUSTER, threadIdx.x);
-                const Share next(work.worker + other, work.workers, work.units);
+            int others = 0;
+            for (int done = count; done < work.spans;) {
+                const Share next(work.worker + ++others, work.workers, work.units);
                 done += next.last - next.first;
             }
+            if (others > 0) collect(sum, partial, flags, block, others, threadIdx.x);
             store(sum, out, work.order(tile), tile % work.token_blocks * TOKENS, warp, lane, shared + EXCHANGE_AT);
         }
         unit += count, ++tile, span = 0;
