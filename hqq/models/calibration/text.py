@@ -107,12 +107,14 @@ def write_text(
     generator = torch.Generator(device).manual_seed(seed)
     latest = torch.randint(vocabulary, (sequences, 1), generator=generator, device=device)
     written, cache = [latest], None
+    caches = "past_key_values" in inspect.signature(model.forward).parameters
     finite = torch.ones((), dtype=torch.bool, device=device)
     with progress_bar(length - 1, "Writing text", progress, unit="token") as bar:
         for _ in range(length - 1):
             # A model without a cache of what it has read reads it again.
             inputs = latest if cache is not None else torch.cat(written, 1)
-            output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
+            options = {"past_key_values": cache, "use_cache": True} if caches else {}
+            output = model(input_ids=inputs, **options)
             cache = getattr(output, "past_key_values", None)
             likely = output.logits[:, -1, :vocabulary].float().softmax(-1)
             finite &= torch.isfinite(likely).all()
