@@ -108,12 +108,6 @@ def main() -> None:
     full = {"perplexity": math.exp(nll), "perplexity_error": math.exp(nll) * nll_error}
     print(f"full precision: perplexity {full['perplexity']:.3f} ± {full['perplexity_error']:.3f}", flush=True)
     rows: list[dict[str, Any]] = []
-    group_sizes = [None if size == "channel" else int(size) for size in arguments.group_sizes]
-    for group_size, axis, nbits in itertools.product(group_sizes, arguments.axes, arguments.bits):
-        found = rows_of(study, settings_of(nbits, group_size, axis, arguments))
-        new = table(found).splitlines()
-        print("\n".join(new[2:] if rows else new), flush=True)
-        rows += found
     notes = {
         "model": Path(arguments.model).name,
         "text": arguments.text.name,
@@ -122,7 +116,14 @@ def main() -> None:
         "note": "KL in nats a token; scale and zero in bfloat16; ratios are to solver hqq on the same windows",
         "full_precision": full,
     }
-    write_json(arguments.output, record(rows, **notes))
+    group_sizes = [None if size == "channel" else int(size) for size in arguments.group_sizes]
+    for group_size, axis, nbits in itertools.product(group_sizes, arguments.axes, arguments.bits):
+        found = rows_of(study, settings_of(nbits, group_size, axis, arguments))
+        new = table(found).splitlines()
+        print("\n".join(new[2:] if rows else new), flush=True)
+        rows += found
+        # After each setting: what is there stays if this is interrupted.
+        write_json(arguments.output, record(rows, **notes))
     if arguments.picture is not None:
         draw(rows, arguments.picture)
 
