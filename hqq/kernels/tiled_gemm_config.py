@@ -85,12 +85,14 @@ def fitted(config: GemmConfig, bits: int, axis: int, group: int) -> GemmConfig:
     if config.span % chunk_blocks(bits):
         config = replace(config, span=chunk_blocks(bits), depth=max(2, config.depth // 2))
     while not config.fits(bits, axis, group):
-        if config.span > chunk_blocks(bits):
-            config = replace(config, span=config.span // 2, joint=min(config.joint, config.span // 2))
-        elif config.depth > 2:
+        if config.depth > 2:
             config = replace(config, depth=config.depth - 1)
-        elif config.stages > 2:
+        elif config.stages > 3 or (config.stages > 2 and config.joint == 1):
             config = replace(config, stages=config.stages - 1)
+        elif config.joint > 1:
+            config = replace(config, joint=config.joint // 2, stages=2 * config.stages)
+        elif config.span > max(2, chunk_blocks(bits)):
+            config = replace(config, span=config.span // 2)
         else:
             return replace(config, resident=1)
     return config

@@ -239,7 +239,7 @@ HQQ_INLINE void leave(const float (&sum)[BLOCKS][SUMS], float* partial, int* fla
         for (int n = 0; n < SUMS; n += 4)
             *reinterpret_cast<float4*>(to + (b * SUMS + n) * MULTIPLIERS) =
                 make_float4(sum[b][n], sum[b][n + 1], sum[b][n + 2], sum[b][n + 3]);
-    __threadfence();
+    // The release reaches what other threads wrote before the barrier; a fence in each of them takes microseconds.
     bar_sync(1, MULTIPLIERS);
     if (thread == 0) store_release(flags + block, 1);
 }
