@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hqq {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_quantize, _add_inspect, _add_eval, _add_generate, _add_convert, _add_doctor):
+    for add in (_add_quantize, _add_inspect, _add_eval, _add_generate, _add_convert, _add_tune, _add_doctor):
         _add_common(add(commands))
     return parser
 
@@ -163,6 +163,30 @@ def _add_convert(commands: _Commands[argparse.ArgumentParser]) -> argparse.Argum
     return command
 
 
+def _add_tune(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    text = (
+        "Measure the fused kernels for a checkpoint's layers on this GPU. The fastest settings are kept on disk and "
+        "used from then on."
+    )
+    command = _command(commands, "tune", "tuning", text)
+    command.add_argument("path", metavar="PATH", help="folder or hub id of the quantised checkpoint")
+    command.add_argument(
+        "--tokens", type=int, nargs="+", default=[1, 8], metavar="M", help="tokens at a time (default 1 8)"
+    )
+    command.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="NxK",
+        help="further outputs x inputs, such as those of joined projections (repeatable)",
+    )
+    command.add_argument(
+        "--dtype", choices=("auto", "float16", "bfloat16"), default="auto", help="default auto: bfloat16"
+    )
+    command.add_argument("--device", help="such as cuda:1 (default: the current GPU)")
+    return command
+
+
 def _add_doctor(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     text = (
         "Say what works on this machine. Libraries and their versions, devices, backends and why others fail."
@@ -188,6 +212,16 @@ def _add_target(command: argparse.ArgumentParser, default: str | None) -> None:
         help=f"default {default}" if default else None,
     )
     group.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        N, K = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; expected outputs x inputs, such as 28672x4096"
+        ) from None
+    return N, K
 
 
 def _bits(text: str) -> float:

@@ -7,7 +7,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from hqq.errors import ConfigError
 from hqq.kernels.cuda import Kernel
+from hqq.kernels.tile_layout import TILE_ROWS, chunk_blocks
 from hqq.kernels.tiled_gemv_config import GemvConfig, GemvWork, columns
 
 MAX_TOKENS = 16
@@ -24,7 +26,16 @@ def launch_gemv(
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Write `x @ W^T + bias` to `out`: x [M, K] and out [M, N] contiguous and 16-byte aligned, M up to MAX_TOKENS."""
+    """Write `x @ W^T + bias` to `out`: x [M, K] and out [M, N] contiguous and 16-byte aligned, M up to MAX_TOKENS.
+
+    Raises ConfigError for a configuration that this weight cannot have.
+    """
+    members = work.group_size // TILE_ROWS
+    if config.blocks % chunk_blocks(work.bits) or (work.axis == 0 and members % config.tiles):
+        raise ConfigError(
+            f"got {config} for {work.bits} bits, axis={work.axis}, group_size={work.group_size}; expected blocks in "
+            f"multiples of {chunk_blocks(work.bits)}, and tiles that divide {members} with axis=0"
+        )
     blocks = _blocks(codes, work.bits)
     tiles = codes.shape[0]
     sweeps = -(-blocks // (config.warps * config.blocks))
@@ -34,7 +45,7 @@ def launch_gemv(
     per_group = config.warps * (16 * config.tiles + (2 if work.axis == 0 else 0)) * tokens * 4
     sums = config.warps * config.blocks * 4 * max(tokens, 8) * 4
     batch = max(1, min(-(-row_groups // grid), (_SHARED_BYTES - sums) // per_group))
-    groups = work.group_size // 16 if work.axis == 0 else meta.shape[1]
+    groups = members if work.axis == 0 else meta.shape[1]
     kernel(work.dtype, work.bits, work.axis, _group(work), tokens, config._replace(per_sm=0)).launch(
         x.device.index,
         (grid, 1, 1),

@@ -138,3 +138,10 @@ def test_a_checkpoint_without_tokenizer(hqq: Run, checkpoint: Path, text_file: P
     for path in folder.glob("tokenizer*"):
         path.unlink()
     assert_fails(hqq("eval", folder, "--text", text_file), "holds no tokenizer")
+
+
+def test_tune_needs_a_gpu(hqq: Run, checkpoint: Path) -> None:
+    assert_fails(hqq("tune", checkpoint, "--device", "cpu"), "nothing to tune on cpu")
+    result = hqq("tune", checkpoint, "--shape", "large")
+    assert result.status == 2
+    assert "expected outputs x inputs" in result.err
