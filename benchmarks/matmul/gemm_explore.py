@@ -1,12 +1,19 @@
-"""Try settings of the fused GEMM on one GPU, against an fp64 oracle and cuBLAS: python -m benchmarks.matmul.gemm_explore."""
+"""Settings of the fused GEMM on one GPU, against an fp64 oracle and cuBLAS.
+
+python -m benchmarks.matmul.gemm_explore [PLAN]
+
+PLAN is a JSON file: a list of {"case": fields of Case, "configs": [fields of GemmConfig, ...], "check": true or false};
+without it, the settings that `choose` returns are checked and timed.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +29,8 @@ from hqq.kernels.tiled_gemm_config import GemmConfig, choose, fitted
 from hqq.kernels.tiled_weight import TiledWeight
 
 PACKINGS = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
+SHAPES = ((28672, 4096), (4096, 4096), (4096, 14336), (6144, 4096))
+Arguments: TypeAlias = tuple[Tensor, Tensor, Tensor, int, int, int, int, int]
 LIMIT = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -62,7 +71,7 @@ def oracle(q: QTensor, x: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.double()
 
 
-def arguments(weight: TiledWeight) -> tuple[object, ...]:
+def arguments(weight: TiledWeight) -> Arguments:
     """Return what `tiled_gemm` takes for a weight."""
     N, K = weight.spec.shape
     return (weight.codes, weight.meta, weight.rows, weight.bits, weight.spec.axis, weight.group_size, N, K)
@@ -76,10 +85,10 @@ def check(case: Case, config: GemmConfig | None = None) -> float:
     bias = torch.randn(case.N, dtype=case.dtype, device="cuda")
     guard = torch.full((case.M + 2, case.N), float("nan"), dtype=case.dtype, device="cuda")
     out = guard[1:-1]
-    tiled_gemm(x, *arguments(weight), bias, out, config)  # type: ignore[arg-type]
+    tiled_gemm(x, *arguments(weight), bias, out, config)
     first = out.clone()
     out.fill_(float("nan"))
-    tiled_gemm(x, *arguments(weight), bias, out, config)  # type: ignore[arg-type]
+    tiled_gemm(x, *arguments(weight), bias, out, config)
     torch.cuda.synchronize()
     if not guard[0].isnan().all() or not guard[-1].isnan().all():
         return float("inf")
@@ -95,10 +104,12 @@ def compile_all(pairs: list[tuple[Case, GemmConfig]]) -> None:
     for case, config in pairs:
         group = 0 if case.axis == 1 and case.group_size in (None, case.K) else case.group_size or case.N
         name = "F16" if case.dtype == torch.float16 else "BF16"
-        kernel, _ = launcher._kernels(name, case.bits, case.axis, group, fitted(config, case.bits, case.axis, group))
+        kernel, _ = launcher._kernels(
+            name, case.bits, case.axis, group, fitted(config, case.bits, case.axis, group)
+        )
         sources.append((kernel.source, kernel.defines))
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda pair: cubin(*pair, "sm_90a"), dict.fromkeys(sources)))
+        list(pool.map(lambda pair: cubin(pair[0], pair[1], "sm_90a"), dict.fromkeys(sources)))
 
 
 def time_case(case: Case, configs: list[GemmConfig]) -> Iterator[tuple[GemmConfig | None, float]]:
@@ -110,20 +121,27 @@ def time_case(case: Case, configs: list[GemmConfig]) -> Iterator[tuple[GemmConfi
     plain = [torch.randn(case.N, case.K, dtype=case.dtype, device="cuda") * 0.01 for _ in range(copies)]
     yield None, microseconds(lambda W: torch.nn.functional.linear(x, W), plain)
     del plain
-    times = -(-case.N // q.spec.shape[0])
-    repeated = TiledWeight.cat([one] * times) if case.axis == 1 else TiledWeight.from_qtensor(random_qtensor(case), case.dtype)
+    # Along axis 0, how rows fall into groups depends on N.
+    whole = case.axis == 0 or case.N % 4096
+    repeated = (
+        TiledWeight.from_qtensor(random_qtensor(case), case.dtype)
+        if whole
+        else TiledWeight.cat([one] * (case.N // 4096))
+    )
     args = arguments(repeated)
     copies = max(4, (1 << 29) // repeated.codes.nbytes + 1)
     buffers = []
     for _ in range(min(copies, 48)):
-        codes = torch.randint(-(1 << 31), (1 << 31) - 1, repeated.codes.shape, dtype=torch.int32, device="cuda")
+        codes = torch.randint(
+            -(1 << 31), (1 << 31) - 1, repeated.codes.shape, dtype=torch.int32, device="cuda"
+        )
         buffers.append((codes, repeated.meta.clone()))
     out = torch.empty(case.M, case.N, dtype=case.dtype, device="cuda")
 
     for config in configs:
 
         def run(weight: tuple[Tensor, Tensor], config: GemmConfig = config) -> Tensor:
-            tiled_gemm(x, *weight, *args[2:], None, out, config)  # type: ignore[arg-type]
+            tiled_gemm(x, *weight, args[2], *args[3:], None, out, config)
             return out
 
         yield config, microseconds(run, buffers)
@@ -134,35 +152,62 @@ def short(config: GemmConfig | None) -> str:
     if config is None:
         return "cuBLAS"
     c = config
-    return f"n{c.tokens} b{c.blocks} sp{c.span} d{c.depth} j{c.joint} st{c.stages} s{c.steps} cl{c.cluster} r{c.resident}"
+    tile = f"n{c.tokens} b{c.blocks} sp{c.span} d{c.depth} j{c.joint} st{c.stages}"
+    return f"{tile} s{c.steps} cl{c.cluster} r{c.resident}"
+
+
+class Entry(NamedTuple):
+    """Configurations to try on a case; `check`: compare with the oracle rather than time."""
+
+    case: Case
+    configs: list[GemmConfig]
+    check: bool
+
+
+def default_plan() -> list[Entry]:
+    """Return what `choose` says for the usual shapes, checked and timed."""
+    cases = [Case(M, N, K) for N, K in SHAPES for M in (16, 17, 32, 48, 64, 96, 128, 192, 256, 384, 512)]
+    cases += [
+        Case(M, *SHAPES[0], bits, axis) for bits in (8, 4, 3, 2, 1) for axis in (1, 0) for M in (64, 256)
+    ]
+    return [
+        Entry(case, [choose(case.M, case.N, case.K, case.bits, 132)], check)
+        for check in (True, False)
+        for case in cases
+    ]
+
+
+def read_plan(path: Path) -> list[Entry]:
+    """Return what a plan file lists."""
+    entries = []
+    for entry in json.loads(path.read_text()):
+        fields = dict(entry["case"])
+        if "dtype" in fields:
+            fields["dtype"] = getattr(torch, fields["dtype"])
+        configs = [GemmConfig(**config) for config in entry["configs"]]
+        entries.append(Entry(Case(**fields), configs, entry.get("check", False)))
+    return entries
 
 
 def main() -> None:
     """Check, then time, then print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("plan", help="a Python file that sets CHECKS and TIMES, lists of (Case, [GemmConfig or None])")
-    plan: dict[str, list[tuple[Case, list[GemmConfig | None]]]] = {}
+    parser.add_argument("plan", nargs="?", type=Path, help="a JSON file")
     path = parser.parse_args().plan
-    scope: dict[str, object] = {"Case": Case, "GemmConfig": GemmConfig, "torch": torch, "replace": replace}
-    with open(path) as file:
-        exec(compile(file.read(), path, "exec"), scope)
-    for name in ("CHECKS", "TIMES"):
-        plan[name] = [
-            (case, [config or choose(case.M, case.N, case.K, case.bits, 132) for config in configs])
-            for case, configs in scope.get(name, [])  # type: ignore[attr-defined]
-        ]
-    compile_all([(case, config) for part in plan.values() for case, configs in part for config in configs])  # type: ignore[misc]
+    plan = default_plan() if path is None else read_plan(path)
+    compile_all([(entry.case, config) for entry in plan for config in entry.configs])
     print("compiled", flush=True)
-    for case, configs in plan["CHECKS"]:
-        for config in configs:
-            error = check(case, config)
-            verdict = "ok" if error <= LIMIT[case.dtype] else "WRONG"
-            print(f"{verdict:6s} {error:.2e} {case.name}  {short(config)}", flush=True)
     rows = []
-    for case, configs in plan["TIMES"]:
-        for config, time in time_case(case, configs):  # type: ignore[arg-type]
-            print(case.name, short(config), f"{time:.1f}", flush=True)
-            rows.append({"case": case.name, "config": short(config), "us": round(time, 1)})
+    for case, configs, checked in plan:
+        if checked:
+            for config in configs:
+                error = check(case, config)
+                verdict = "ok" if error <= LIMIT[case.dtype] else "WRONG"
+                print(f"{verdict:6s} {error:.2e} {case.name}  {short(config)}", flush=True)
+            continue
+        for chosen, time in time_case(case, configs):
+            print(case.name, short(chosen), f"{time:.1f}", flush=True)
+            rows.append({"case": case.name, "config": short(chosen), "us": round(time, 1)})
         torch.cuda.empty_cache()
     print(table(rows))
 

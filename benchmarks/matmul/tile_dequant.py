@@ -5,10 +5,11 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch import Tensor
 
 from benchmarks.dequant.timing import bandwidth, microseconds
 from benchmarks.harness import table
-from benchmarks.matmul.gemm_explore import Case, arguments, random_qtensor
+from benchmarks.matmul.gemm_explore import Arguments, Case, arguments, random_qtensor
 from hqq.kernels import tile_dequant
 from hqq.kernels.cuda.nvrtc import cubin
 from hqq.kernels.tile_dequant import tile_dequantize
@@ -39,20 +40,16 @@ def compile_all() -> None:
     """Compile what the cases need, several at a time."""
     kernels = []
     for case in CHECKS + TIMES:
-        whole = case.axis == 1 and case.group_size is None
-        keep = tile_dequant._cache_bytes(0) >= 4 * case.N * case.K
-        kernels.append(
-            tile_dequant._kernel(
-                "F16" if case.dtype == H else "BF16",
-                case.bits,
-                case.axis,
-                0 if whole else case.group_size or 0,
-                keep,
-                case.K % 8 != 0,
+        group = 0 if case.axis == 1 and case.group_size is None else case.group_size or case.N
+        run = tile_dequant._run(case.bits, case.axis, 2 * case.N * case.K)
+        dtype = "F16" if case.dtype == H else "BF16"
+        kernels.append(tile_dequant._kernel(dtype, case.bits, case.axis, group, run, case.K % 8 != 0))
+    with ThreadPoolExecutor(16) as pool:
+        list(
+            pool.map(
+                lambda pair: cubin(pair[0], pair[1], "sm_90a"), {(k.source, k.defines): None for k in kernels}
             )
         )
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda pair: cubin(*pair, "sm_90a"), {(k.source, k.defines): None for k in kernels}))
 
 
 def main() -> None:
@@ -63,7 +60,7 @@ def main() -> None:
         q = random_qtensor(case)
         weight = TiledWeight.from_qtensor(q, case.dtype)
         guard = torch.full((case.N + 2, case.K), float("nan"), dtype=case.dtype, device="cuda")
-        tile_dequantize(*arguments(weight), out=guard[1:-1])  # type: ignore[arg-type]
+        tile_dequantize(*arguments(weight), out=guard[1:-1])
         same = torch.equal(guard[1:-1], q.dequantize(case.dtype))
         if not (same and guard[0].isnan().all() and guard[-1].isnan().all()):
             wrong += 1
@@ -77,7 +74,11 @@ def main() -> None:
         args = arguments(weight)
         copies = min(24, max(2, (1 << 30) // (weight.nbytes + 2 * case.N * case.K)))
         buffers = [(weight.codes.clone(), weight.meta.clone()) for _ in range(copies)]
-        time = microseconds(lambda pair, args=args: tile_dequantize(*pair, *args[2:]), buffers)  # type: ignore[misc]
+
+        def run(pair: tuple[Tensor, Tensor], args: Arguments = args) -> Tensor:
+            return tile_dequantize(*pair, args[2], *args[3:])
+
+        time = microseconds(run, buffers)
         floor = (weight.nbytes + 2 * case.N * case.K) / rate * 1e6
         rows.append(
             {

@@ -5,14 +5,13 @@
 // neighbouring inputs of two rows; lanes exchange halves in pairs, so that a store fills whole 32-byte sectors.
 //
 // Set by the host, with HQQ_ in front: T (F16, BF16), BITS, AXIS, GROUP (0: the whole row), RUN (a multiple of the blocks
-// of a chunk), KEEP (1: the result is read again soon and fits the L2 cache), RAGGED (1: K is no multiple of 8).
+// of a chunk), RAGGED (1: K is no multiple of 8).
 #include "fragments.cuh"
 
 namespace {
 
 using T = HQQ_T;
-constexpr int BITS = HQQ_BITS, AXIS = HQQ_AXIS, GROUP = HQQ_GROUP, RUN = HQQ_RUN, KEEP = HQQ_KEEP;
-constexpr int RAGGED = HQQ_RAGGED;
+constexpr int BITS = HQQ_BITS, AXIS = HQQ_AXIS, GROUP = HQQ_GROUP, RUN = HQQ_RUN, RAGGED = HQQ_RAGGED;
 constexpr int WARPS = 8, BLOCK_INPUTS = 64;
 
 using P = Packing<BITS>;
@@ -43,12 +42,7 @@ HQQ_INLINE void dequantise(uint32_t (&row)[2][8], const uint32_t (&word)[BITS], 
     }
 }
 
-HQQ_INLINE void put(uint16_t* to, const uint32_t (&v)[4]) {
-    if constexpr (KEEP)
-        *reinterpret_cast<uint4*>(to) = make_uint4(v[0], v[1], v[2], v[3]);
-    else
-        stg128_stream(to, make_uint4(v[0], v[1], v[2], v[3]));
-}
+HQQ_INLINE void put(uint16_t* to, const uint32_t (&v)[4]) { stg128_stream(to, make_uint4(v[0], v[1], v[2], v[3])); }
 
 // `row`: inputs k to k + 15 of a row that begins at `to`; lane column c has k = 16 c + a multiple of 64.
 HQQ_INLINE void store_row(const uint32_t (&row)[8], uint16_t* to, int k, int K, bool real, int lane) {
