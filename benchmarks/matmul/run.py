@@ -1,8 +1,8 @@
 """Fused products side by side with peers, in one run: python -m benchmarks.matmul.run --out FOLDER [--seconds N].
 
 Peers: cuBLAS with the weight in 16 bits, torch's tinygemm (4 bit, axis 1, bf16), and gemlite where it is installed.
-Each figure is the median of CUDA-graph replays over enough weights that nothing comes from the L2 cache; before it is timed,
-a product is compared with the exact one on fresh random values.
+Each figure is the median of CUDA-graph replays over enough weights that nothing comes from the L2 cache; before it is
+timed, a product is compared with the exact one on fresh random values.
 """
 
 from __future__ import annotations
