@@ -87,6 +87,7 @@ class TiledWeight:
             parts=(spec,),
             stats=(None if exact else (q.scale, q.zero),),
         )
+        return weight._settled()
 
     @classmethod
     def cat(cls, weights: Sequence[TiledWeight]) -> TiledWeight:
@@ -108,7 +109,7 @@ class TiledWeight:
             rows.append(moved)
             offset += weight.spec.shape[0]
         parts = tuple(part for weight in weights for part in weight.parts)
-        return cls(
+        joined = cls(
             codes=torch.cat([weight.codes for weight in weights]),
             meta=torch.cat([weight.meta for weight in weights]),
             rows=torch.cat(rows),
@@ -116,6 +117,7 @@ class TiledWeight:
             parts=parts,
             stats=tuple(stats for weight in weights for stats in weight.stats),
         )
+        return joined._settled()
 
     def split(self) -> list[TiledWeight]:
         """Return the weights that were joined, as views of this one's codes and scales."""
@@ -167,7 +169,13 @@ class TiledWeight:
             None if pair is None else (pair[0].to(target), pair[1].to(target)) for pair in self.stats
         )
         codes, meta, rows = (tensor.to(target) for tensor in (self.codes, self.meta, self.rows))
-        return replace(self, codes=codes, meta=meta, rows=rows, stats=stats)
+        return replace(self, codes=codes, meta=meta, rows=rows, stats=stats)._settled()
+
+    def _settled(self) -> TiledWeight:
+        """Wait until the tensors are written: kernels load codes before they wait for the kernel in front of them."""
+        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(self.device).synchronize()
+        return self
 
     @property
     def bits(self) -> int:

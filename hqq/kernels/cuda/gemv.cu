@@ -212,6 +212,7 @@ gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* m
                 for (int set = 0; set < SETS; ++set) scales[tile][set] = load_meta(p, tile0 + tile, block0, set);
         }
     };
+    // Before the kernels in front have ended: whoever makes a TiledWeight waits until it is written.
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; ++chunk) fetch(chunk, first_tile(0), first_block(0));
     fetch_meta(first_tile(0), first_block(0));
