@@ -79,7 +79,7 @@ class TiledWeight:
         meta = (
             _meta_axis_1(scale, zero, spec) if spec.axis == 1 else _meta_axis_0(scale, zero, spec, exponent)
         )
-        return cls(
+        weight = cls(
             codes=arrange(_row_tiles(codes, spec), spec.format.bits),  # type: ignore[union-attr]
             meta=meta,
             rows=_rows(spec, exponent).to(q.device),
