@@ -25,6 +25,7 @@ from hqq.core.solvers.feedback import (
     output_error,
     solve_with_feedback,
 )
+from hqq.core.solvers.feedback_refit import refit
 from hqq.core.solvers.min_max import solve_min_max
 from hqq.core.storable import check_representable
 from hqq.errors import WeightError
@@ -79,6 +80,13 @@ class Inputs:
             return W.float()
         return corrected(W, cross, self.factor, share)
 
+    def damped(self) -> Tensor:
+        """Return the second moments with their damping."""
+        assert self._factor is not None
+        H = self.moments.H.clone()
+        H.diagonal().add_(self._factor.damping * H.diagonal().mean())
+        return H
+
     @property
     def factor(self) -> Tensor:
         """U of `factorise`; only there without a `reason`."""
@@ -115,7 +123,10 @@ def _solutions(
         ]
     # Rows do not know of each other: those of several weights go through their columns together.
     stacked = torch.cat(list(targets))
-    whole = solve_with_feedback(stacked, inputs.factor, replace(specs[0], shape=tuple(stacked.shape)), solve)
+    spec = replace(specs[0], shape=tuple(stacked.shape))
+    whole = solve_with_feedback(stacked, inputs.factor, spec, solve)
+    if config.optimize and config.zero_mode in (None, "float"):
+        whole = refit(stacked, inputs.damped(), whole, spec, layers[0].compute_dtype)
     parts = (torch.split(part, [spec.grouping.num_groups for spec in specs]) for part in whole)
     return [Solution(*each) for each in zip(*parts, strict=True)]
 

@@ -18,6 +18,7 @@ from hqq.core.solvers.feedback import (
     output_error,
     solve_with_feedback,
 )
+from hqq.core.solvers.feedback_refit import refit
 
 N, K, ROWS = 48, 192, 900
 
@@ -142,6 +143,39 @@ def test_the_error_of_the_outputs_falls(
         assert torch.equal(stat, stat.bfloat16().float())
     before, after = (output_error(W - values(s, spec), moments) for s in (data_free, found))
     assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("nbits", [4, 2, 1])
+def test_refitted_scales_and_zeros_cost_no_row_anything(
+    rng: torch.Generator, moments: Tensor, nbits: float
+) -> None:
+    W, spec = torch.randn(N, K, generator=rng), spec_of(nbits, 32, 1)
+    factor = factorise(moments)
+    assert factor is not None
+    found = solve_with_feedback(W, factor.U, spec, als(spec.max_code))
+    again = refit(W, moments, found, spec, torch.bfloat16)
+    assert again.codes is found.codes
+    for stat in (again.scale, again.zero):
+        assert stat.shape == spec.grouping.stat_shape
+        assert torch.equal(stat, stat.bfloat16().float())
+    before, after = (W - values(s, spec) for s in (found, again))
+    rows = [((E.double() @ moments.double()) * E.double()).sum(1) for E in (before, after)]
+    assert bool((rows[1] <= rows[0] * (1 + 1e-4)).all())
+    assert rows[1].sum() < 0.99 * rows[0].sum()
+
+
+def test_the_refit_of_one_group_is_the_least_squares_fit(rng: torch.Generator, moments: Tensor) -> None:
+    W, spec = torch.randn(N, K, generator=rng), spec_of(2, None, 1)
+    start = solve_min_max(W, 1, 3)
+    found = refit(W, moments, start, spec, torch.float32)
+    L = torch.linalg.cholesky(moments.double())
+    for row in range(N):
+        q = start.codes[row].double()
+        basis = torch.stack((q, torch.ones_like(q)), 1)
+        scale, offset = torch.linalg.lstsq(L.t() @ basis, L.t() @ W[row].double()).solution
+        if 0.3 * start.scale[row] < scale < 3 * start.scale[row]:
+            assert found.scale[row].item() == pytest.approx(scale.item(), rel=1e-3)
+            assert found.zero[row].item() == pytest.approx((-offset / scale).item(), abs=1e-2)
 
 
 def test_inputs_that_do_not_depend_on_each_other_leave_nothing_to_gain(rng: torch.Generator) -> None:
