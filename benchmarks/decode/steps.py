@@ -15,11 +15,11 @@ from hqq.models.generate import HFGenerator
 # Kernel names -> kind; everything else that lies between two of these is a matrix product.
 _KINDS = {
     "norm": "_add_norm_kernel",
-    "attention": "_attention_kernel",
-    "join": "_join_kernel",
+    "attention": "attention_kernel",
+    "join": "join_kernel",
     "activation": "_silu_mul_kernel",
     "choice": "_choose_kernel",
-    "limits": "_survey_kernel|_limit_kernel",
+    "limits": "survey_kernel|limit_kernel",
     "embedding": "indexSelect|index_select|embedding|gather",
 }
 
