@@ -360,3 +360,36 @@ def test_hooks_of_accelerate_compile(model: Any, tokenizer: Any) -> None:
     model.model.norm._hf_hook = hook
     with pytest.raises(BackendError, match="offloaded weights"):
         HFGenerator(model, tokenizer, 12, compile="partial")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("axis", [1, 0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_fused_kernels_give_the_eager_tokens(dtype: torch.dtype, axis: int) -> None:
+    from hqq.backends.prepare import prepare_for_inference
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=dtype).cuda()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SHIPPED)
+    config = QuantConfig(nbits=4, group_size=64, axis=axis)
+    quantize_model(model, config, compute_dtype=dtype, progress=False)
+    prepare_for_inference(model, backend="pytorch")
+    eager = HFGenerator(model, tokenizer, 64, step="transformers").generate(PROMPTS, use_chat_template=False)
+    prepare_for_inference(model, allow_merge=True)
+    generator = HFGenerator(model, tokenizer, 64)
+    assert generator.step_reason is None
+    fused = generator.generate(PROMPTS, use_chat_template=False)
+    prepare_for_inference(model, backend="pytorch")
+    unit = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
+    for prompt, a, b in zip(PROMPTS, eager["output_tokens"], fused["output_tokens"], strict=True):
+        count = min(len(a), len(b))
+        parted = (a[:count] != b[:count]).nonzero()
+        if len(parted) == 0:
+            continue
+        # Where the texts part, the two tokens must have been as likely, up to the roundings of five layers.
+        place = int(parted[0])
+        ids = torch.cat([torch.tensor(tokenizer(prompt)["input_ids"]), a[:place]])[None].cuda()
+        with torch.no_grad():
+            logits = model(ids).logits[0, -1].float()
+        difference = float(logits[a[place]] - logits[b[place]])
+        assert abs(difference) <= 16 * unit * float(logits.abs().max())
