@@ -20,8 +20,6 @@ from hqq.kernels.dequant_flow import GDC_WAIT
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
-PIECE = tl.constexpr(1024)
-
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
@@ -35,19 +33,6 @@ def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
         return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     else:
         return x.to(DTYPE).to(tl.float32)
-
-
-@triton.jit
-def ask_for(at, wanted):
-    """Have the PIECE bytes at each wanted address (int64, a multiple of 16) come to the second-level cache."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], 1024; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [at, wanted.to(tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 def new_output(like: Tensor, columns: int) -> Tensor:

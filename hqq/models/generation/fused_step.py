@@ -15,7 +15,7 @@ from hqq.kernels.decode_attention import AttentionSpace, HeadNorm, decode_attent
 from hqq.kernels.decode_choose import ChoiceSpace, choose_next
 from hqq.kernels.decode_logits import Filters
 from hqq.kernels.decode_mlp import silu_mul
-from hqq.kernels.decode_norm import Cache, add_norm
+from hqq.kernels.decode_norm import add_norm
 from hqq.kernels.decode_prompt import prompt_heads
 from hqq.models.generation.family import Family, Layer, Norm
 from hqq.models.generation.prompt_attention import attend, prompt_mask
@@ -98,18 +98,14 @@ class FusedStep:
 
     def logits(self, token: Tensor) -> Tensor:
         """Return the logits [B, V] after `token` [B, 1], which is in the cache then; `positions` stay as they are."""
-        return self._head(*self._through(token[:, 0], self._attention, ahead=True))
+        return self._head(*self._through(token[:, 0], self._attention))
 
-    def _through(self, tokens: Tensor, attention: Attention, ahead: bool = False) -> tuple[Tensor, Tensor]:
-        """Return what `tokens` [T] have become after all layers [T, K], and what is still to be added to it.
-
-        ahead: have the cache fetched while queries are computed; T is B then.
-        """
+    def _through(self, tokens: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
+        """Return what `tokens` [T] have become after all layers [T, K], and what is still to be added to it."""
         hidden: Tensor = self._family.embedding(tokens)
         delta: Tensor | None = None
         for layer in self._layers:
-            cache = Cache(layer.keys, layer.values, self.begins, self.positions) if ahead else None
-            x = _normed(hidden, delta, layer.layer.before_attention, cache)
+            x = _normed(hidden, delta, layer.layer.before_attention)
             delta = layer.layer.o(attention(layer, *layer.qkv(x)))
             x = _normed(hidden, delta, layer.layer.before_mlp)
             delta = layer.layer.down(silu_mul(*layer.gate_up(x)))
@@ -164,5 +160,5 @@ def _with_cache(layer: Layer, keys: Tensor, values: Tensor) -> _Layer:
     return _Layer(layer, Projections(layer.qkv), Projections(layer.gate_up), heads, keys, values)
 
 
-def _normed(hidden: Tensor, delta: Tensor | None, norm: Norm, cache: Cache | None = None) -> Tensor:
-    return add_norm(hidden, delta, norm.weight, norm.eps, cache)
+def _normed(hidden: Tensor, delta: Tensor | None, norm: Norm) -> Tensor:
+    return add_norm(hidden, delta, norm.weight, norm.eps)
