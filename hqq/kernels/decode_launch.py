@@ -49,12 +49,14 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 def options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments that every decoding kernel has: dtype, interpreter, overlap with the kernel before."""
-    overlap = overlaps(device)
+    overlap, interpreted = overlaps(device), interpreting()
     return {
         "DTYPE": DTYPES[dtype],
-        "INTERPRETED": interpreting(),
+        "INTERPRETED": interpreted,
         "OVERLAP": overlap,
         **({"launch_pdl": True} if overlap else {}),
+        # What Triton has done so far without being told; newer ones warn where they are not.
+        **({} if interpreted else {"enable_fp_fusion": True}),
     }
 
 
