@@ -14,6 +14,8 @@ from hqq.kernels.tiled_gemm_config import GemmConfig, choose, fitted
 
 _WARPS, _THREADS = 8, 384
 _ALIGNMENT = 256
+# The kernel multiplies units of work by workers in 32 bits.
+_MOST_SHARES = (1 << 32) - 1
 _TYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -111,9 +113,8 @@ _fitted = cache(fitted)
 def _plan(M: int, tiles: int, blocks: int, config: GemmConfig, multiprocessors: int) -> GemmPlan:
     token_blocks = -(-M // config.tokens)
     output_tiles = -(-tiles // (_WARPS * config.blocks * config.cluster)) * token_blocks
-    workers = min(
-        multiprocessors * config.resident // config.cluster, output_tiles * -(-blocks // config.span)
-    )
+    units = output_tiles * -(-blocks // config.span)
+    workers = min(multiprocessors * config.resident // config.cluster, units, _MOST_SHARES // units)
     arranged = token_blocks * config.tokens * blocks * BLOCK_INPUTS * 2
     flags_at = _aligned(arranged)
     partial_at = flags_at + _aligned(4 * workers * config.cluster)

@@ -72,16 +72,32 @@ class GemmConfig:
 
 
 def choose(M: int, N: int, K: int, bits: int, multiprocessors: int) -> GemmConfig:
-    """Return the settings for M tokens, N output features and K inputs."""
+    """Return the settings for M tokens, N output features and K inputs, as measured on an H200.
+
+    Few output tiles are cut into many pieces along the inputs, whose sums have to be added up: then tiles are small,
+    and only one thread block is on a multiprocessor.
+    """
+    tiles = -(-N // 128)
+    many = tiles >= multiprocessors
+    if M <= 16:
+        return GemmConfig(16, joint=4, resident=2 if many else 1)
+    if M <= 32:
+        return GemmConfig(32, blocks=2 if many else 1, joint=4)
     if M <= 64:
-        return GemmConfig(16 if M <= 16 else 32 if M <= 32 else 64, resident=2)
-    if M <= 128:
-        return GemmConfig(128, blocks=2)
-    return GemmConfig(256, span=2)
+        return GemmConfig(64, joint=4)
+    if M <= 128 or 2 * tiles < multiprocessors:
+        return GemmConfig(128, depth=4, stages=6)
+    # Whichever leaves fewer columns empty.
+    if -(-M // 192) * 192 < -(-M // 256) * 256:
+        return GemmConfig(192, span=2, depth=4, stages=6)
+    return GemmConfig(256, span=2, depth=3, stages=5)
 
 
 def fitted(config: GemmConfig, bits: int, axis: int, group: int) -> GemmConfig:
     """Return `config` with whole chunks for spans and, where shared memory does not suffice, less of everything."""
+    if axis == 0:
+        # A lane holds 16 scales and zeros: too much for the registers of two blocks.
+        config = replace(config, resident=1)
     if config.span % chunk_blocks(bits):
         config = replace(config, span=chunk_blocks(bits), depth=max(2, config.depth // 2))
     while not config.fits(bits, axis, group):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hqq.kernels import tile_dequant, tiled_gemm
+from hqq.kernels.tile_layout import chunk_blocks
 from hqq.kernels.tiled_gemm_config import GemmConfig, choose, fitted
 from hqq.kernels.tiled_weight import TiledWeight
 from tests.kernels.cuda_on_host.host_kernel import HostKernel, compiler
@@ -132,9 +133,12 @@ def test_dequantised_tiles_equal_the_reference(
 @pytest.mark.parametrize("group", [0, 16, 64])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("M", [1, 17, 33, 65, 129, 200, 512])
-def test_chosen_settings_fit_a_multiprocessor(M: int, axis: int, group: int, bits: int) -> None:
-    config = fitted(choose(M, 4096, 4096, bits, 132), bits, axis, max(group, 16 * (1 - axis)))
+@pytest.mark.parametrize("N", [4096, 28672])
+def test_chosen_settings_fit_a_multiprocessor(N: int, M: int, axis: int, group: int, bits: int) -> None:
+    config = fitted(choose(M, N, 4096, bits, 132), bits, axis, max(group, 16 * (1 - axis)))
     assert config.fits(bits, axis, group)
-    assert config.tokens >= min(M, 256)
     assert config.span % config.joint == 0
+    assert config.span % chunk_blocks(bits) == 0
     assert config.span * config.blocks % 2 == 0
+    # No more columns than needed, rounded up to the next size.
+    assert config.tokens < 2 * max(M, 16)

@@ -523,7 +523,7 @@ HQQ_INLINE void copy_tokens(const unsigned char* x, const Work& work, int blocks
 
 }  // namespace
 
-// x: what arrange_tokens wrote. partial: float[blocks of the grid][BLOCKS * TOKENS / 2 * 256]; flags: one for each block.
+// x: what arrange_tokens wrote. partial: float[blocks of the grid][BLOCKS * TOKENS * 128]; flags: one for each block.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     tiled_gemm(const unsigned char* x, const unsigned char* codes, const unsigned char* meta, const int* rows,
                const uint16_t* bias, uint16_t* y, float* partial, int* flags, int M, int N, int tiles, int blocks,
