@@ -45,7 +45,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 points = sorted(
                     {
                         row["bits_per_weight"]: row["kl"]
-                        for row in shown
+                        # Earlier files win: they have more windows.
+                        for row in reversed(shown)
                         if (row["axis"], row["solver"], row.get("calibration", "none"), row["nbits"])
                         == wanted
                     }.items()
