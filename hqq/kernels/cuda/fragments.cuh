@@ -224,21 +224,23 @@ struct Scales<T, 0, GROUP> {
 };
 
 // The operand a of instruction STEP: code * scale - zero * scale, the product with zero rounded first (see fold).
-template <class T, int BITS, int STEP, class S>
+template <class T, int BITS, int STEP, int PAIR = 0, class S>
 HQQ_INLINE void weights(uint32_t (&a)[4], const uint32_t (&word)[BITS], const S& scales) {
-    a[0] = hfma2<T>(code_pair<T, BITS, STEP, 0>(word), scales.template scale_of<STEP, 0>(), scales.template zero_of<STEP, 0>());
-    a[1] = hfma2<T>(code_pair<T, BITS, STEP, 1>(word), scales.template scale_of<STEP, 1>(), scales.template zero_of<STEP, 1>());
-    a[2] = hfma2<T>(code_pair<T, BITS, STEP, 2>(word), scales.template scale_of<STEP, 2>(), scales.template zero_of<STEP, 2>());
-    a[3] = hfma2<T>(code_pair<T, BITS, STEP, 3>(word), scales.template scale_of<STEP, 3>(), scales.template zero_of<STEP, 3>());
+    if constexpr (PAIR < 4) {
+        const uint32_t scale = scales.template scale_of<STEP, PAIR>(), zero = scales.template zero_of<STEP, PAIR>();
+        a[PAIR] = hfma2<T>(code_pair<T, BITS, STEP, PAIR>(word), scale, zero);
+        weights<T, BITS, STEP, PAIR + 1>(a, word, scales);
+    }
 }
 
 // The same rounded as the reference does: the difference, then the product.
-template <class T, int BITS, int STEP, class S>
+template <class T, int BITS, int STEP, int PAIR = 0, class S>
 HQQ_INLINE void exact_weights(uint32_t (&a)[4], const uint32_t (&word)[BITS], const S& scales) {
-    a[0] = hmul2<T>(hsub2<T>(code_pair<T, BITS, STEP, 0>(word), scales.template zero_of<STEP, 0>()), scales.template scale_of<STEP, 0>());
-    a[1] = hmul2<T>(hsub2<T>(code_pair<T, BITS, STEP, 1>(word), scales.template zero_of<STEP, 1>()), scales.template scale_of<STEP, 1>());
-    a[2] = hmul2<T>(hsub2<T>(code_pair<T, BITS, STEP, 2>(word), scales.template zero_of<STEP, 2>()), scales.template scale_of<STEP, 2>());
-    a[3] = hmul2<T>(hsub2<T>(code_pair<T, BITS, STEP, 3>(word), scales.template zero_of<STEP, 3>()), scales.template scale_of<STEP, 3>());
+    if constexpr (PAIR < 4) {
+        const uint32_t scale = scales.template scale_of<STEP, PAIR>(), zero = scales.template zero_of<STEP, PAIR>();
+        a[PAIR] = hmul2<T>(hsub2<T>(code_pair<T, BITS, STEP, PAIR>(word), zero), scale);
+        exact_weights<T, BITS, STEP, PAIR + 1>(a, word, scales);
+    }
 }
 
 #endif
