@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from hqq.errors import ConfigError, DtypeError, ShapeError
 from hqq.kernels.cuda import unavailable_reason
 from hqq.kernels.tile_dequant import tile_dequantize
+from hqq.kernels.tile_layout import TILE_ROWS
 from hqq.kernels.tiled_gemm import gemm_unavailable_reason, tiled_gemm
 from hqq.kernels.tiled_gemv import MAX_TOKENS, launch_gemv
 from hqq.kernels.tiled_gemv_config import GemvWork
@@ -19,6 +20,8 @@ from hqq.kernels.tiled_tune import gemv_config
 from hqq.kernels.tiled_weight import TiledWeight
 
 _ALIGNMENT = 16
+# From so many outputs on the GEMM is ahead with more than 8 tokens; with axis 0 it always is.
+_MANY_OUTPUTS = 16384
 # Beyond this many tokens dequantising the weight costs less than multiplying fused, as measured on an H200.
 _GEMM_TOKENS = 512
 _ARGUMENTS = "Tensor codes, Tensor meta, Tensor rows, int bits, int axis, int group_size, int N, int K"
@@ -101,12 +104,14 @@ def _linear_cuda(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
 
 
 def _route(work: GemvWork, device: torch.device) -> str:
-    few = MAX_TOKENS if work.axis == 1 else MAX_TOKENS // 2
-    if work.K % 16 == 0 and work.tokens <= few:
+    """Return which kernel takes `work`, by what an H200 measured: it was the faster one there."""
+    if work.K % TILE_ROWS:
+        return "dequantize"
+    gemm = gemm_unavailable_reason(device) is None
+    prefers_gemm = gemm and (work.axis == 0 or work.N >= _MANY_OUTPUTS)
+    if work.tokens <= (MAX_TOKENS // 2 if prefers_gemm else MAX_TOKENS):
         return "gemv"
-    if work.K % 16 == 0 and work.tokens <= _GEMM_TOKENS and gemm_unavailable_reason(device) is None:
-        return "gemm"
-    return "dequantize"
+    return "gemm" if gemm and work.tokens <= _GEMM_TOKENS else "dequantize"
 
 
 def _dequantize_cuda(*weight: Any) -> Tensor:
