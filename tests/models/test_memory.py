@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import hqq.models.quantize as quantize_module
+import hqq.models.install as install_module
 from hqq import QuantConfig, quantize_model
 
 
@@ -20,13 +20,13 @@ def test_each_weight_is_freed_as_soon_as_its_codes_exist(
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
     weights = [weakref.ref(layer.weight.untyped_storage()) for layer in model]
     alive: list[int] = []
-    replace = quantize_module.replace_module
+    replace = install_module.replace_module
 
     def watch(*args: Any) -> None:
         alive.append(sum(storage() is not None for storage in weights))
         replace(*args)
 
-    monkeypatch.setattr(quantize_module, "replace_module", watch)
+    monkeypatch.setattr(install_module, "replace_module", watch)
     quantize_model(model, QuantConfig(nbits=4, group_size=64), errors=errors)
     # When layer i is put in place, the weights before it are gone; its own may be alive, for its error.
     assert alive == [6 - i - (0 if errors else 1) for i in range(6)]

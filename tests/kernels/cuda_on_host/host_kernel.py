@@ -29,6 +29,9 @@ FLAGS = (
     "-fcf-protection=none",
 )
 
+# By name: CXX may be a C compiler's driver, which compiles C++ but does not link with its library.
+LIBRARIES = ("-lstdc++",)
+
 _KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^()]*\)\s+)?(\w+)\s*\(")
 
 
@@ -106,7 +109,7 @@ def build_folder() -> Path:
 @cache
 def _library(source: Source, defines: Defines) -> Path:
     texts = [file.read_text() for file in sorted(HERE.glob("*.h"))]
-    key = source.digest(*texts, *FLAGS, *(part for define in defines for part in define))
+    key = source.digest(*texts, *FLAGS, *LIBRARIES, *(part for define in defines for part in define))
     path = build_folder() / f"{source.name.removesuffix('.cu')}-{key[:32]}.so"
     if not path.exists():
         _build(source, defines, path)
@@ -127,7 +130,7 @@ def _build(source: Source, defines: Defines, path: Path) -> None:
         built = Path(folder) / "kernel.so"
         cxx = compiler()
         assert cxx is not None, "check compiler() first"
-        command = [cxx, *FLAGS, f"-I{HERE}", f"-I{folder}", "-o", str(built), str(unit)]
+        command = [cxx, *FLAGS, f"-I{HERE}", f"-I{folder}", "-o", str(built), str(unit), *LIBRARIES]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise HostError(f"{source.name} does not compile for the host: {macros}\n{done.stderr}")
