@@ -20,15 +20,15 @@ from torch import Tensor
 
 from benchmarks.dequant.timing import microseconds
 from benchmarks.harness import table
-from hqq.core.bitpack import FORMATS, pack
+from hqq.core.bitpack import FORMAT_OF_BITS
 from hqq.core.qtensor import QSpec, QTensor
 from hqq.kernels import tiled_gemm as launcher
+from hqq.kernels import tiled_tune
 from hqq.kernels.cuda.nvrtc import cubin
 from hqq.kernels.tiled_gemm import tiled_gemm
 from hqq.kernels.tiled_gemm_config import GemmConfig, choose, fitted
 from hqq.kernels.tiled_weight import TiledWeight
 
-PACKINGS = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
 SHAPES = ((28672, 4096), (4096, 4096), (4096, 14336), (6144, 4096))
 Arguments: TypeAlias = tuple[Tensor, Tensor, Tensor, int, int, int, int, int]
 LIMIT = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -46,6 +46,11 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
 
     @property
+    def spec(self) -> QSpec:
+        """The description of the weight."""
+        return QSpec(self.bits, (self.N, self.K), self.group_size, self.axis, FORMAT_OF_BITS[self.bits])
+
+    @property
     def name(self) -> str:
         """The case in a few letters."""
         kind = str(self.dtype).removeprefix("torch.")
@@ -54,14 +59,7 @@ class Case(NamedTuple):
 
 def random_qtensor(case: Case) -> QTensor:
     """Return random codes, scales and zeros for `case`."""
-    fmt = FORMATS[PACKINGS[case.bits]]
-    spec = QSpec(case.bits, (case.N, case.K), case.group_size, case.axis, PACKINGS[case.bits])
-    shape = spec.grouping.matrix_shape
-    codes = torch.randint(0, 1 << case.bits, shape, dtype=torch.uint8, device="cuda")
-    stat = spec.grouping.stat_shape
-    scale = (0.002 + 0.01 * torch.rand(stat, device="cuda")).to(case.dtype)
-    zero = (torch.rand(stat, device="cuda") * ((1 << case.bits) - 1)).to(case.dtype)
-    return QTensor(pack(codes, fmt), scale, zero, spec)
+    return tiled_tune.random_qtensor(case.spec, case.dtype, torch.device("cuda"))
 
 
 def oracle(q: QTensor, x: Tensor, bias: Tensor | None) -> Tensor:

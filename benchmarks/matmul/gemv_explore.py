@@ -17,10 +17,10 @@ from torch import Tensor
 
 from benchmarks.dequant.timing import bandwidth, buffer_sets, microseconds
 from benchmarks.harness import record, table, write_json
-from benchmarks.matmul.gemm_explore import PACKINGS, Case, oracle, random_qtensor
-from hqq.core.qtensor import QSpec
+from benchmarks.matmul.gemm_explore import Case, oracle, random_qtensor
 from hqq.kernels import TiledWeight
-from hqq.kernels.tiled_gemv import kernel, launch_gemv, multiprocessors
+from hqq.kernels.tiled_device import multiprocessors
+from hqq.kernels.tiled_gemv import kernel, launch_gemv
 from hqq.kernels.tiled_gemv_config import GemvConfig, GemvWork, candidates, columns
 from hqq.kernels.tiled_tune import random_weight
 
@@ -65,9 +65,8 @@ def explore(case: Case, ceiling: float) -> Iterator[dict[str, Any]]:
     x = torch.randn(case.M, case.K, device="cuda").to(case.dtype)
     bias = torch.randn(case.N, device="cuda").to(case.dtype)
     expected = oracle(q, x, bias)
-    spec = QSpec(case.bits, (case.N, case.K), case.group_size, case.axis, PACKINGS[case.bits])
     moved = weight.codes.nbytes + weight.meta.nbytes + 2 * case.M * (case.N + case.K)
-    weights = [random_weight(spec, case.dtype, torch.device("cuda")) for _ in range(buffer_sets(moved))]
+    weights = [random_weight(case.spec, case.dtype, torch.device("cuda")) for _ in range(buffer_sets(moved))]
     out = torch.empty((case.M, case.N), dtype=case.dtype, device="cuda")
     for config, variant in zip(configs, variants, strict=True):
         y = product(work, config, x, weight, bias)

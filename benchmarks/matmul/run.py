@@ -20,17 +20,14 @@ from torch.nn import functional as F
 
 from benchmarks.dequant.timing import bandwidth, buffer_sets, microseconds
 from benchmarks.harness import record, table, write_json
-from benchmarks.matmul.gemm_explore import PACKINGS, Case, oracle, random_qtensor
+from benchmarks.matmul.gemm_explore import LIMIT, SHAPES, Case, oracle, random_qtensor
 from hqq.backends import gemlite, torchao_int4
-from hqq.core.qtensor import QSpec
 from hqq.kernels import TiledWeight, tiled_linear
 from hqq.kernels.tiled_tune import random_weight
 
-SHAPES = ((28672, 4096), (4096, 4096), (4096, 14336), (6144, 4096))
 FEW = (1, 2, 4, 8, 16)
 MANY = (32, 64, 128, 256, 512, 1024, 4096)
 PEERS: dict[str, Any] = {"tinygemm": torchao_int4.MATMUL, "gemlite": gemlite.MATMUL}
-LIMIT = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def cases() -> Iterator[Case]:
@@ -54,11 +51,12 @@ def cases() -> Iterator[Case]:
 def measure(case: Case, ceiling: float, peers: bool) -> dict[str, Any]:
     """Return microseconds of ours and of the peers that take the case, after a check."""
     check(case)
-    spec = QSpec(case.bits, (case.N, case.K), case.group_size, case.axis, PACKINGS[case.bits])
-    first = random_weight(spec, case.dtype, torch.device("cuda"))
+    first = random_weight(case.spec, case.dtype, torch.device("cuda"))
     moved = first.codes.nbytes + first.meta.nbytes + 2 * case.M * (case.N + case.K)
     weights = [first]
-    weights += [random_weight(spec, case.dtype, torch.device("cuda")) for _ in range(buffer_sets(moved) - 1)]
+    weights += [
+        random_weight(case.spec, case.dtype, torch.device("cuda")) for _ in range(buffer_sets(moved) - 1)
+    ]
     x = torch.randn(case.M, case.K, dtype=case.dtype, device="cuda")
     row: dict[str, Any] = {
         **{key: value for key, value in case._asdict().items() if key != "dtype"},
@@ -92,9 +90,8 @@ def peers_of(case: Case, x: Tensor) -> Iterator[tuple[str, Callable[[], float]]]
     ]
     yield "cublas", partial(microseconds, lambda W: F.linear(x, W), dense)
     del dense
-    spec = QSpec(case.bits, (case.N, case.K), case.group_size, case.axis, PACKINGS[case.bits])
     for name, backend in PEERS.items():
-        takes = backend.available() or backend.supports(spec, case.dtype, x.device)
+        takes = backend.available() or backend.supports(case.spec, case.dtype, x.device)
         # gemlite measures for seconds at every new size, and neither is made for many tokens.
         if takes is None and case.M in (1, 16, 64):
             prepared = [backend.prepare(random_qtensor(case), case.dtype) for _ in dense_sets(case)]

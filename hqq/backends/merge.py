@@ -8,7 +8,7 @@ or cast; who calls several of them with one input can multiply with all of them 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -107,20 +107,7 @@ def _already_joined(weights: Sequence[TiledWeight]) -> TiledWeight | None:
     codes, meta = _adjacent([w.codes for w in weights]), _adjacent([w.meta for w in weights])
     if codes is None or meta is None:
         return None
-    rows, offset = [], 0
-    for weight in weights:
-        moved = weight.rows.clone()
-        moved[:, 0] += offset
-        rows.append(moved)
-        offset += weight.spec.shape[0]
-    return TiledWeight(
-        codes=codes,
-        meta=meta,
-        rows=torch.cat(rows),
-        spec=replace(weights[0].spec, shape=(offset, weights[0].spec.shape[1])),
-        parts=tuple(weight.spec for weight in weights),
-        stats=tuple(stats for weight in weights for stats in weight.stats),
-    )
+    return TiledWeight.joined(weights, codes, meta)
 
 
 def _adjacent(tensors: Sequence[Tensor]) -> Tensor | None:

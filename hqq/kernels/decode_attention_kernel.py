@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from hqq.kernels.decode_heads import new_heads, rotation
-from hqq.kernels.decode_launch import rounded
 from hqq.kernels.dequant_flow import start_next, wait_for_previous
+from hqq.kernels.rounding import rounded
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hqq.kernels.decode_launch import rounded
+from hqq.kernels.rounding import rounded
 
 
 @triton.jit

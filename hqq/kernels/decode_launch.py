@@ -2,7 +2,6 @@
 
 # The jitted function is written in Triton's language, which is not quite Python.
 # mypy: ignore-errors
-# ruff: noqa: RET505, SIM300
 
 from __future__ import annotations
 
@@ -11,28 +10,14 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from hqq.kernels.availability import interpreting
 from hqq.kernels.dequant_flow import GDC_WAIT
+from hqq.kernels.tiled_device import multiprocessors
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
-
-@triton.jit
-def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """fp32 `x` rounded to DTYPE (to nearest, ties to even), as fp32."""
-    if DTYPE == tl.float32:
-        return x
-    elif INTERPRETED and DTYPE == tl.bfloat16:
-        # The interpreter's own conversion cuts the low bits off.
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    else:
-        return x.to(DTYPE).to(tl.float32)
 
 
 def new_output(like: Tensor, columns: int) -> Tensor:
@@ -73,4 +58,4 @@ def processors(device: torch.device) -> int:
     """Return how many multiprocessors `device` has."""
     if device.type != "cuda":
         return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return multiprocessors(device.index)

@@ -9,7 +9,7 @@ memory busy: order, prefetching, and starting before the previous kernel ends.
 
 # Written in Triton's language, which is not quite Python: branches on constants choose what is compiled.
 # mypy: ignore-errors
-# ruff: noqa: C901, RET505, SIM300
+# ruff: noqa: C901, RET505
 
 from __future__ import annotations
 
@@ -26,22 +26,9 @@ from hqq.kernels.dequant_flow import (
     start_next,
     wait_for_previous,
 )
+from hqq.kernels.rounding import rounded
 
 FOUR_BYTES = tl.constexpr(FOUR_BYTES_CONSTRAINTS)
-
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """fp32 `x` rounded to DTYPE (to nearest, ties to even), as fp32."""
-    if DTYPE == tl.float32:
-        return x
-    elif INTERPRETED and DTYPE == tl.bfloat16:
-        # The interpreter's own conversion cuts the low bits off.
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    else:
-        return x.to(DTYPE).to(tl.float32)
 
 
 @triton.jit
@@ -84,8 +71,8 @@ def _load_stat(
                 ASM, FOUR_BYTES, [value, z, s], dtype=s.dtype, is_pure=True, pack=4
             )
         else:
-            difference = _rounded(value.to(tl.float32) - z.to(tl.float32), DTYPE, INTERPRETED)
-            return _rounded(difference * s.to(tl.float32), DTYPE, INTERPRETED).to(DTYPE)
+            difference = rounded(value.to(tl.float32) - z.to(tl.float32), DTYPE, INTERPRETED)
+            return rounded(difference * s.to(tl.float32), DTYPE, INTERPRETED).to(DTYPE)
 
 
 @triton.jit
@@ -166,9 +153,9 @@ def _field(
         )
     else:
         codes = ((w >> (BITS * (FIELDS - 1 - FIELD))) & ((1 << BITS) - 1)).to(tl.float32)
-        difference = _rounded(codes - zero.to(tl.float32), DIFFERENCE, INTERPRETED)
-        product = _rounded(difference * scale.to(tl.float32), PRODUCT, INTERPRETED)
-        return _rounded(product, OUT, INTERPRETED).to(OUT)
+        difference = rounded(codes - zero.to(tl.float32), DIFFERENCE, INTERPRETED)
+        product = rounded(difference * scale.to(tl.float32), PRODUCT, INTERPRETED)
+        return rounded(product, OUT, INTERPRETED).to(OUT)
 
 
 # Only `columns` says how addresses are aligned; the other numbers would but multiply the compiled variants.

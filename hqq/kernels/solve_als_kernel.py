@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hqq.kernels.rounding import rounded
 from hqq.kernels.solve_lattice import min_max, rint
 from hqq.kernels.solve_tiles import ends, exact_codes, load_tiles, only_live, quick_codes, totals
 
@@ -182,14 +183,8 @@ def _stored(x, STORAGE: tl.constexpr, INTERPRETED: tl.constexpr):
     if STORAGE == tl.float32:
         return x
     else:
-        if INTERPRETED and STORAGE == tl.bfloat16:
-            # The interpreter's own conversion cuts the low bits off.
-            bits = x.to(tl.uint32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-            rounded = bits.to(tl.float32, bitcast=True)
-        else:
-            rounded = x.to(STORAGE).to(tl.float32)
-        return tl.where(tl.abs(rounded) < float("inf"), rounded, x)
+        value = rounded(x, STORAGE, INTERPRETED)
+        return tl.where(tl.abs(value) < float("inf"), value, x)
 
 
 @triton.jit

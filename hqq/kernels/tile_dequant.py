@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from hqq.kernels.cuda import Kernel
 from hqq.kernels.tile_layout import chunk_blocks
+from hqq.kernels.tiled_device import ELEMENTS
 
 _WARPS = 8
-_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def tile_dequantize(
@@ -35,7 +34,7 @@ def tile_dequantize(
     tiles, chunks = codes.shape[0], codes.shape[1]
     group = 0 if axis == 1 and meta.shape[1] == 1 else group_size
     run = _run(bits, axis, out.nbytes)
-    kernel = _kernel(_TYPES[meta.dtype], bits, axis, group, run, K % 8 != 0)
+    kernel = _kernel(ELEMENTS[meta.dtype], bits, axis, group, run, K % 8 != 0)
     runs = -(-chunks * chunk_blocks(bits) // run)
     kernel.launch(
         device,

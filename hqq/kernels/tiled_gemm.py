@@ -10,13 +10,13 @@ from torch import Tensor
 
 from hqq.kernels.cuda import Kernel, unavailable_reason
 from hqq.kernels.tile_layout import BLOCK_INPUTS, chunk_blocks
+from hqq.kernels.tiled_device import ELEMENTS, multiprocessors
 from hqq.kernels.tiled_gemm_config import GemmConfig, choose, fitted
 
 _WARPS, _THREADS = 8, 384
 _ALIGNMENT = 256
 # The kernel multiplies units of work by workers in 32 bits.
 _MOST_SHARES = (1 << 32) - 1
-_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def gemm_unavailable_reason(device: torch.device) -> str | None:
@@ -64,11 +64,11 @@ def tiled_gemm(
     device = x.device.index
     group = 0 if axis == 1 and meta.shape[1] == 1 else group_size
     if config is None:
-        config = choose(M, N, K, bits, _multiprocessors(device))
+        config = choose(M, N, K, bits, multiprocessors(device))
     config = _fitted(config, bits, axis, group)
-    product, arrange = _kernels(_TYPES[meta.dtype], bits, axis, group, config)
+    product, arrange = _kernels(ELEMENTS[meta.dtype], bits, axis, group, config)
     tiles, blocks = codes.shape[0], codes.shape[1] * chunk_blocks(bits)
-    plan = _plan(M, tiles, blocks, config, _multiprocessors(device))
+    plan = _plan(M, tiles, blocks, config, multiprocessors(device))
     workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=x.device)
     arranged = workspace.data_ptr()
     flags, partial = arranged + plan.flags_at, arranged + plan.partial_at
@@ -125,11 +125,6 @@ def _plan(M: int, tiles: int, blocks: int, config: GemmConfig, multiprocessors: 
 
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

@@ -10,6 +10,7 @@ from torch import Tensor
 from hqq.errors import ConfigError
 from hqq.kernels.cuda import Kernel
 from hqq.kernels.tile_layout import TILE_ROWS, chunk_blocks
+from hqq.kernels.tiled_device import ELEMENTS, multiprocessors
 from hqq.kernels.tiled_gemv_config import GemvConfig, GemvWork, columns
 
 MAX_TOKENS = 16
@@ -36,7 +37,7 @@ def launch_gemv(
             f"got {config} for {work.bits} bits, axis={work.axis}, group_size={work.group_size}; expected blocks in "
             f"multiples of {chunk_blocks(work.bits)}, and tiles that divide {members} with axis=0"
         )
-    blocks = _blocks(codes, work.bits)
+    blocks = codes.shape[1] * chunk_blocks(work.bits)
     tiles = codes.shape[0]
     sweeps = -(-blocks // (config.warps * config.blocks))
     row_groups = -(-tiles // config.tiles)
@@ -75,7 +76,7 @@ def launch_gemv(
 def kernel(dtype: torch.dtype, bits: int, axis: int, group: int, tokens: int, config: GemvConfig) -> Kernel:
     """Return the compiled variant."""
     defines = {
-        "ELEMENT": "F16" if dtype == torch.float16 else "BF16",
+        "ELEMENT": ELEMENTS[dtype],
         "CODE_BITS": bits,
         "AXIS": axis,
         "GROUP": group,
@@ -91,14 +92,3 @@ def kernel(dtype: torch.dtype, bits: int, axis: int, group: int, tokens: int, co
 def _group(work: GemvWork) -> int:
     # Groups down the outputs and whole rows make no difference to the code.
     return 0 if work.axis == 0 or work.group_size == work.K else work.group_size
-
-
-def _blocks(codes: Tensor, bits: int) -> int:
-    # A block of 64 inputs takes `bits` words of each of the 32 lanes.
-    return codes.shape[1] * codes.shape[2] * codes.shape[3] * codes.shape[4] // (32 * bits)
-
-
-@cache
-def multiprocessors(device: int) -> int:
-    """Return how many multiprocessors CUDA device `device` has."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

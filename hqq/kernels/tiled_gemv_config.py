@@ -89,7 +89,7 @@ def _fitted(work: GemvWork, tiles: int, blocks: int, per_sm: int) -> GemvConfig:
         tiles //= 2
     blocks = max(blocks, chunk_blocks(work.bits))
     slices = -(-work.K // (blocks * BLOCK_INPUTS))
-    most = max(1, _MOST_WARPS // per_sm) if per_sm < 3 else 8
+    most = _MOST_WARPS if per_sm == 1 else _MOST_WARPS // 2
     sweeps = -(-slices // most)
     warps = -(-slices // sweeps)
     # Small weights fill a multiprocessor with more blocks instead.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -83,10 +84,11 @@ def _linear_cuda(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
     codes, meta, rows, bits, axis, group_size, N, K = weight
     _check(x, bias, meta, N, K)
     M = x.numel() // K
-    if M == 0 or unavailable_reason(x.device) is not None:
+    fused, gemm = _kernels_on(x.device)
+    if M == 0 or not fused:
         return _linear(x, bias, *weight)
     work = GemvWork(meta.dtype, bits, axis, group_size, N, K, M)
-    route = _route(work, x.device)
+    route = _route(work, gemm)
     if route == "dequantize":
         return F.linear(x, tile_dequantize(codes, meta, rows, bits, axis, group_size, N, K), bias)
     rows_of_x = x.reshape(M, K).contiguous()
@@ -103,11 +105,16 @@ def _linear_cuda(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
     return out
 
 
-def _route(work: GemvWork, device: torch.device) -> str:
+@cache
+def _kernels_on(device: torch.device) -> tuple[bool, bool]:
+    """Return whether the fused kernels run on `device`, and the GEMM among them: asked once, not for every product."""
+    return unavailable_reason(device) is None, gemm_unavailable_reason(device) is None
+
+
+def _route(work: GemvWork, gemm: bool) -> str:
     """Return which kernel takes `work`, by what an H200 measured: it was the faster one there."""
     if work.K % TILE_ROWS:
         return "dequantize"
-    gemm = gemm_unavailable_reason(device) is None
     prefers_gemm = gemm and (work.axis == 0 or work.N >= _MANY_OUTPUTS)
     if work.tokens <= (MAX_TOKENS // 2 if prefers_gemm else MAX_TOKENS):
         return "gemv"
@@ -115,9 +122,8 @@ def _route(work: GemvWork, device: torch.device) -> str:
 
 
 def _dequantize_cuda(*weight: Any) -> Tensor:
-    if unavailable_reason(weight[0].device) is not None:
-        return dequantize_tiles(*weight)
-    return tile_dequantize(*weight)
+    fused, _ = _kernels_on(weight[0].device)
+    return tile_dequantize(*weight) if fused else dequantize_tiles(*weight)
 
 
 def _linear_fake(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:

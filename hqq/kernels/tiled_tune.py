@@ -12,7 +12,8 @@ from torch import Tensor
 import hqq
 from hqq.core.bitpack import pack
 from hqq.core.qtensor import QSpec, QTensor
-from hqq.kernels.tiled_gemv import launch_gemv, multiprocessors
+from hqq.kernels.tiled_device import multiprocessors
+from hqq.kernels.tiled_gemv import launch_gemv
 from hqq.kernels.tiled_gemv_config import GemvConfig, GemvWork, candidates, choose_gemv, columns
 from hqq.kernels.tiled_weight import TiledWeight
 from hqq.kernels.tune_cache import TuneCache
@@ -45,14 +46,19 @@ def _key(work: GemvWork) -> str:
     return ",".join(str(value).removeprefix("torch.") for value in work)
 
 
-def random_weight(spec: QSpec, dtype: torch.dtype, device: torch.device) -> TiledWeight:
-    """Return a weight of `spec` with random codes, scales and zeros."""
+def random_qtensor(spec: QSpec, dtype: torch.dtype, device: torch.device) -> QTensor:
+    """Return random codes, scales and zeros for `spec`."""
     assert spec.format is not None
     codes = torch.randint(0, spec.max_code + 1, spec.grouping.matrix_shape, dtype=torch.uint8, device=device)
     stat = spec.grouping.stat_shape
     scale = (0.002 + 0.01 * torch.rand(stat, device=device)).to(dtype)
     zero = (torch.rand(stat, device=device) * spec.max_code).to(dtype)
-    return TiledWeight.from_qtensor(QTensor(pack(codes, spec.format), scale, zero, spec), dtype)
+    return QTensor(pack(codes, spec.format), scale, zero, spec)
+
+
+def random_weight(spec: QSpec, dtype: torch.dtype, device: torch.device) -> TiledWeight:
+    """Return a weight of `spec` with random codes, scales and zeros."""
+    return TiledWeight.from_qtensor(random_qtensor(spec, dtype, device), dtype)
 
 
 def tune(

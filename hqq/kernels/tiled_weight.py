@@ -102,22 +102,27 @@ class TiledWeight:
                     f"got weights that cannot be joined: {_joinable(first)} and {_joinable(other)}; expected the same "
                     "inputs, bits, axis, group size, dtype and device"
                 )
+        codes, meta = (torch.cat([getattr(w, name) for w in weights]) for name in ("codes", "meta"))
+        return cls.joined(weights, codes, meta)._settled()
+
+    @classmethod
+    def joined(cls, weights: Sequence[TiledWeight], codes: Tensor, meta: Tensor) -> TiledWeight:
+        """Return `weights` as one that holds `codes` and `meta`, which are theirs one after the other."""
         rows, offset = [], 0
         for weight in weights:
             moved = weight.rows.clone()
             moved[:, 0] += offset
             rows.append(moved)
             offset += weight.spec.shape[0]
-        parts = tuple(part for weight in weights for part in weight.parts)
-        joined = cls(
-            codes=torch.cat([weight.codes for weight in weights]),
-            meta=torch.cat([weight.meta for weight in weights]),
+        first = weights[0]
+        return cls(
+            codes=codes,
+            meta=meta,
             rows=torch.cat(rows),
             spec=replace(first.parts[0], shape=(offset, first.spec.shape[1])),
-            parts=parts,
+            parts=tuple(part for weight in weights for part in weight.parts),
             stats=tuple(stats for weight in weights for stats in weight.stats),
         )
-        return joined._settled()
 
     def split(self) -> list[TiledWeight]:
         """Return the weights that were joined, as views of this one's codes and scales."""

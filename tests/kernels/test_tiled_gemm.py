@@ -77,7 +77,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @needs_compiler
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_product_agrees_with_fp64_and_repeats(case: Case, on_host: pytest.MonkeyPatch) -> None:
-    on_host.setattr(tiled_gemm, "_multiprocessors", lambda device: case.multiprocessors)
+    on_host.setattr(tiled_gemm, "multiprocessors", lambda device: case.multiprocessors)
     q = random_qtensor(case.bits, case.N, case.K, case.axis, case.group_size, case.dtype)
     weight = TiledWeight.from_qtensor(q, case.dtype)
     x, bias = torch.randn(case.M, case.K).to(case.dtype), torch.randn(case.N).to(case.dtype)
@@ -93,7 +93,7 @@ def test_product_agrees_with_fp64_and_repeats(case: Case, on_host: pytest.Monkey
 @pytest.mark.parametrize("axis", [0, 1])
 def test_joined_weights(axis: int, on_host: pytest.MonkeyPatch) -> None:
     # Scales of very different size: along axis 0 each part is kept with another power of two.
-    on_host.setattr(tiled_gemm, "_multiprocessors", lambda device: 3)
+    on_host.setattr(tiled_gemm, "multiprocessors", lambda device: 3)
     parts = [random_qtensor(4, N, 128, axis, 16, FP16) for N in (160, 48)]
     assert isinstance(parts[1].scale, Tensor)
     parts[1].scale /= 64

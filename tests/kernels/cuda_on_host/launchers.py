@@ -20,9 +20,8 @@ def kernels_on_host(*launchers: ModuleType, seed: int = 0, multiprocessors: int 
     with ExitStack() as stack:
         for module in launchers:
             stack.enter_context(patch.object(module, "Kernel", partial(HostKernel, seed=seed)))
-            for name in ("multiprocessors", "_multiprocessors"):
-                if hasattr(module, name):
-                    stack.enter_context(patch.object(module, name, lambda device: multiprocessors))
+            if hasattr(module, "multiprocessors"):
+                stack.enter_context(patch.object(module, "multiprocessors", lambda device: multiprocessors))
             # Neither kernels that were made before nor, later, those of the host.
             _clear_caches(module)
             stack.callback(_clear_caches, module)
