@@ -10,13 +10,20 @@ and instruction s those with j = 4 s … 4 s + 3. What one lane gives to one ins
 and a pair is a 32-bit register whose halves are the two elements. So a pair's codes are stored 16 bits apart in a
 32-bit word, and one shift and one logical instruction turn them into two floats (see cuda/codes.cuh).
 
+For each block of 64 inputs a lane has as many words as a code has bits. Where these divide 16, the codes of a half-word
+follow one another: a0, a1, a2, a3 of an instruction, then those of the next one. Three-bit codes lie as those of four
+bits do, but packed into the low six bits of each byte (row g, then row g + 8), so that words 0 to 2 have instructions 0
+to 2; the two bits that their bytes leave over are, one after the other, the six bits of that byte for instruction 3.
+
 Storage is [row tiles, chunks, loads, 32 lanes, 4 words]: a load is 16 bytes for each lane, 512 contiguous bytes for a
-warp. Three bits are two planes, the two low bits and the third, so that three bits take three.
+warp, and a chunk is as many blocks as it takes to fill loads. Of the four blocks of a chunk of three-bit codes, the
+first three have a load each, and word i of the last one is the fourth word of load i.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,43 +34,31 @@ _LANE_GROUPS, _LANE_COLUMNS = 8, 4
 _STEPS, _PAIRS, _HALVES = 4, 2, 2
 
 
-@dataclass(frozen=True)
-class Plane:
-    """Some bits of every code: `bits` of them from bit `shift` on.
+class Piece(NamedTuple):
+    """Bits `shift` to `shift + size - 1` of a code, from bit `bit` of word `word` on."""
 
-    `rows_inside`: of the four pairs of an instruction, the row (g, g + 8) changes faster than the inputs; otherwise the
-    inputs do. The third bits of 3-bit codes are the other way round, where they meet the low bits after one shift.
-    """
-
-    bits: int
+    word: int
+    bit: int
     shift: int
-    rows_inside: bool = True
-
-    @property
-    def words(self) -> int:
-        """Words that a lane has of a block of 64 inputs."""
-        return self.bits
-
-    def field(self, step: int, pair: int, row: int, half: int) -> tuple[int, int]:
-        """Return (word, bit) of the code at instruction `step`, inputs `pair`, row g + 8 `row`, element `half`."""
-        index = _STEPS * step + (2 * pair + row if self.rows_inside else pair + 2 * row)
-        per_half = 16 // self.bits
-        return index // per_half, 16 * half + index % per_half * self.bits
+    size: int
 
 
-# Stored bits -> planes. 5 and 6 bit codes are stored in 8 bits, 1.58 bit codes in 2.
-PLANES: dict[int, tuple[Plane, ...]] = {
-    8: (Plane(8, 0),),
-    4: (Plane(4, 0),),
-    3: (Plane(2, 0), Plane(1, 2, rows_inside=False)),
-    2: (Plane(2, 0),),
-    1: (Plane(1, 0),),
-}
+def pieces(bits: int, step: int, pair: int, row: int, half: int) -> tuple[Piece, ...]:
+    """Return where a code lies: instruction `step`, inputs `pair`, row g + 8 `row`, element `half`, each from 0 on."""
+    if bits != 3:
+        index, per_half = _STEPS * step + 2 * pair + row, 16 // bits
+        return (Piece(index // per_half, 16 * half + index % per_half * bits, 0, bits),)
+    byte = 16 * half + 8 * pair
+    if step < 3:
+        return (Piece(step, byte + 3 * row, 0, 3),)
+    if row == 0:
+        return Piece(0, byte + 6, 0, 2), Piece(1, byte + 6, 2, 1)
+    return Piece(1, byte + 7, 0, 1), Piece(2, byte + 6, 1, 2)
 
 
 def chunk_blocks(bits: int) -> int:
-    """Return how many blocks of 64 inputs it takes until every plane fills whole 16-byte loads."""
-    return max(4 // min(plane.words, 4) for plane in PLANES[bits])
+    """Return how many blocks of 64 inputs it takes until their words fill whole 16-byte loads."""
+    return 4 // math.gcd(4, bits)
 
 
 def padded_inputs(inputs: int, bits: int) -> int:
@@ -79,39 +74,31 @@ def arrange(codes: Tensor, bits: int) -> Tensor:
     fields = codes.reshape(
         tiles, _HALVES, _LANE_GROUPS, blocks, _LANE_COLUMNS, _STEPS, _PAIRS, _HALVES
     )  # row + 8, g, block, c, step, pair, element
-    per_chunk = chunk_blocks(bits)
-    planes = []
-    for plane in PLANES[bits]:
-        shape = (tiles, blocks, _LANE_GROUPS, _LANE_COLUMNS, plane.words)
-        words = torch.zeros(shape, dtype=torch.int32, device=codes.device)
-        for step, pair, row, half in _positions():
-            word, bit = plane.field(step, pair, row, half)
-            code = fields[:, row, :, :, :, step, pair, half].transpose(1, 2)  # [T, blocks, g, c]
-            part = (code >> plane.shift) & ((1 << plane.bits) - 1)
+    words = torch.zeros(
+        (tiles, blocks, _LANE_GROUPS, _LANE_COLUMNS, bits), dtype=torch.int32, device=codes.device
+    )
+    for step, pair, row, half in _positions():
+        code = fields[:, row, :, :, :, step, pair, half].transpose(1, 2)  # [T, blocks, g, c]
+        for word, bit, shift, size in pieces(bits, step, pair, row, half):
+            part = (code >> shift) & ((1 << size) - 1)
             words[..., word] |= part.to(torch.int32) << bit
-        planes.append(_to_loads(words.reshape(tiles, blocks, 32, plane.words), per_chunk))
-    return torch.cat(planes, dim=2).contiguous()
+    return _to_loads(words.reshape(tiles, blocks, 32, bits)).contiguous()
 
 
 def restore(tiled: Tensor, bits: int) -> Tensor:
     """Return the codes [T, 16, K] (uint8) of what `arrange` returned."""
-    per_chunk = chunk_blocks(bits)
-    tiles, blocks = tiled.shape[0], tiled.shape[1] * per_chunk
+    words = _from_loads(tiled, bits)
+    tiles, blocks = words.shape[:2]
+    words = words.reshape(tiles, blocks, _LANE_GROUPS, _LANE_COLUMNS, bits)
     codes = torch.zeros(
         (tiles, _HALVES, _LANE_GROUPS, blocks, _LANE_COLUMNS, _STEPS, _PAIRS, _HALVES),
         dtype=torch.uint8,
         device=tiled.device,
     )
-    first = 0
-    for plane in PLANES[bits]:
-        loads = per_chunk * plane.words // 4
-        words = _from_loads(tiled[:, :, first : first + loads], per_chunk, plane.words)
-        words = words.reshape(tiles, blocks, _LANE_GROUPS, _LANE_COLUMNS, plane.words)
-        first += loads
-        for step, pair, row, half in _positions():
-            word, bit = plane.field(step, pair, row, half)
-            part = ((words[..., word] >> bit) & ((1 << plane.bits) - 1)).to(torch.uint8)
-            codes[:, row, :, :, :, step, pair, half] |= (part << plane.shift).transpose(1, 2)
+    for step, pair, row, half in _positions():
+        for word, bit, shift, size in pieces(bits, step, pair, row, half):
+            part = ((words[..., word] >> bit) & ((1 << size) - 1)).to(torch.uint8)
+            codes[:, row, :, :, :, step, pair, half] |= (part << shift).transpose(1, 2)
     return codes.reshape(tiles, TILE_ROWS, blocks * BLOCK_INPUTS)
 
 
@@ -125,24 +112,26 @@ def _positions() -> list[tuple[int, int, int, int]]:
     ]
 
 
-def _to_loads(words: Tensor, per_chunk: int) -> Tensor:
-    """Return a plane's words [T, blocks, 32, W] as 16-byte loads [T, chunks, loads, 32, 4]."""
-    tiles, blocks, lanes, count = words.shape
-    chunks = blocks // per_chunk
-    if count >= 4:  # several loads for a block
-        split = words.reshape(tiles, chunks, per_chunk, lanes, count // 4, 4).transpose(3, 4)
-    else:  # several blocks in a load
-        together = 4 // count
-        split = words.reshape(tiles, chunks, per_chunk // together, together, lanes, count).transpose(3, 4)
-    return split.reshape(tiles, chunks, per_chunk * count // 4, lanes, 4)
+def _to_loads(words: Tensor) -> Tensor:
+    """Return words [T, blocks, 32, bits] as 16-byte loads [T, chunks, loads, 32, 4]."""
+    tiles, blocks, lanes, bits = words.shape
+    per_chunk = chunk_blocks(bits)
+    split = words.reshape(tiles, blocks // per_chunk, per_chunk, lanes, bits)
+    if bits == 3:
+        last = split[:, :, 3].transpose(2, 3)[..., None]
+        return torch.cat([split[:, :, :3], last], dim=-1)
+    # One block in several loads, or several blocks in one load.
+    split = split.transpose(2, 3).reshape(tiles, -1, lanes, per_chunk * bits // 4, 4)
+    return split.transpose(2, 3)
 
 
-def _from_loads(loads: Tensor, per_chunk: int, count: int) -> Tensor:
+def _from_loads(loads: Tensor, bits: int) -> Tensor:
     """Undo `_to_loads`."""
     tiles, chunks, _, lanes, _ = loads.shape
-    if count >= 4:
-        split = loads.reshape(tiles, chunks, per_chunk, count // 4, lanes, 4).transpose(3, 4)
+    per_chunk = chunk_blocks(bits)
+    if bits == 3:
+        last = loads[..., 3].transpose(2, 3)[:, :, None]
+        split = torch.cat([loads[..., :3], last], dim=2)
     else:
-        together = 4 // count
-        split = loads.reshape(tiles, chunks, per_chunk // together, lanes, together, count).transpose(3, 4)
-    return split.reshape(tiles, chunks * per_chunk, lanes, count)
+        split = loads.transpose(2, 3).reshape(tiles, chunks, lanes, per_chunk, bits).transpose(2, 3)
+    return split.reshape(tiles, chunks * per_chunk, lanes, bits)

@@ -10,6 +10,7 @@ from hqq.core.qtensor import QSpec, QTensor
 from hqq.core.quantizer import Quantizer
 from hqq.errors import ConfigError, DtypeError, ShapeError
 from hqq.kernels import TiledWeight, tiled_dequantize, tiled_linear, tiled_support
+from hqq.kernels.tile_layout import arrange
 from tests.kernels.tiled import LIMIT, exact, random_qtensor
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -40,6 +41,25 @@ def test_there_and_back(bits: int, axis: int, dtype: torch.dtype) -> None:
         weight = TiledWeight.from_qtensor(q, dtype)
         assert_same(weight.to_qtensor(), q)
         assert torch.equal(tiled_dequantize(weight), q.dequantize(dtype))
+
+
+def test_order_of_three_bit_codes() -> None:
+    """What kernels take from a byte of a lane's words: row g in bits 0-2, row g + 8 in bits 3-5, and the rest."""
+    tiles, chunks = 3, 2
+    codes = torch.randint(0, 8, (tiles, 16, 256 * chunks), dtype=torch.uint8)
+    load = arrange(codes, 3).view(torch.uint8).reshape(tiles, chunks, 3, 32, 4, 4)  # byte
+    # [word, T, chunks, block, lane, byte]
+    first = torch.stack([*(load[:, :, i, :, :3] for i in range(3)), load[..., 3, :].transpose(2, 3)], dim=2)
+    word = list(first.movedim(4, 0))
+    word.append((word[0] >> 6 & 3) | (word[1] >> 4 & 0xC) | (word[2] >> 2 & 0x30))
+    for step, bytes_of_step in enumerate(word):
+        for row in (0, 8):
+            found = bytes_of_step >> (3 if row else 0) & 7
+            for lane in range(32):
+                g, c = divmod(lane, 4)
+                for byte, j in enumerate((0, 2, 1, 3)):
+                    inputs = codes[:, g + row].reshape(tiles, chunks, 4, 64)[..., 16 * c + 4 * step + j]
+                    assert torch.equal(found[..., lane, byte], inputs)
 
 
 @pytest.mark.parametrize("nbits", [6, 5, 1.58])

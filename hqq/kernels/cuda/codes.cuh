@@ -32,6 +32,12 @@ HQQ_INLINE uint32_t and_or(uint32_t a, uint32_t b) {
     return lop3<0xea>(a, MASK, b);
 }
 
+// (a & MASK) | (b & ~MASK)
+template <uint32_t MASK>
+HQQ_INLINE uint32_t bit_select(uint32_t a, uint32_t b) {
+    return lop3<0xe2>(a, MASK, b);
+}
+
 // The four operands a0 .. a3 of one instruction. `w` are the words of a block of 64 inputs, STEP the instruction.
 // PARTS is 2 where a code takes two instructions: the second operands then go with 16 x.
 template <class T, int BITS>
@@ -95,20 +101,28 @@ struct Codes<T, 1> : CodesBase<T> {
     }
 };
 
+// The word of instruction STEP of 3-bit codes: in each of its bytes row g has bits 0-2, row g + 8 bits 3-5, and the other
+// two are anything. Those of the last instruction lie in the two bits that the first three leave over.
+template <int STEP>
+HQQ_INLINE uint32_t three_bit_word(const uint32_t* w) {
+    if constexpr (STEP < 3) {
+        return w[STEP];
+    } else {
+        const uint32_t four_bits = bit_select<0x03030303u>(w[0] >> 6, w[1] >> 4);
+        return bit_select<0x0f0f0f0fu>(four_bits, w[2] >> 2);
+    }
+}
+
 template <class T>
 struct Codes<T, 3> : CodesBase<T> {
-    static constexpr float upper_factor = 4.0f;
+    static constexpr float upper_factor = 8.0f;
     template <int STEP>
     static HQQ_INLINE void unpack(const uint32_t* w, uint32_t (&a)[1][4]) {
-        // Two low bits as at 2 bits; the third bits of a0, a2, a1, a3 are neighbours and meet them two bits higher.
-        uint32_t low[1][4];
-        Codes<T, 2>::template unpack<STEP>(w, low);
-        const uint32_t third = STEP == 0 ? w[2] << 2 : w[2] >> (STEP == 0 ? 0 : 4 * STEP - 2);
-        const uint32_t next = STEP == 0 ? w[2] << 1 : w[2] >> (STEP == 0 ? 0 : 4 * STEP - 1);
-        a[0][0] = and_or<0x00040004u>(third, low[0][0]);
-        a[0][1] = and_or<0x00100010u>(third, low[0][1]);
-        a[0][2] = and_or<0x00040004u>(next, low[0][2]);
-        a[0][3] = and_or<0x00100010u>(next, low[0][3]);
+        const uint32_t v = three_bit_word<STEP>(w), u = v >> 8;
+        a[0][0] = and_or<0x00070007u>(v, Magic<T>::bits);
+        a[0][1] = and_or<0x00380038u>(v, Magic<T>::bits);
+        a[0][2] = and_or<0x00070007u>(u, Magic<T>::bits);
+        a[0][3] = and_or<0x00380038u>(u, Magic<T>::bits);
     }
 };
 
@@ -162,14 +176,13 @@ HQQ_INLINE void block_words(const uint4 (&loads)[Chunk<BITS>::loads], int block,
         w[0] = loads[0].x, w[1] = loads[0].y, w[2] = loads[0].z, w[3] = loads[0].w;
     } else if constexpr (BITS == 1) {
         w[0] = block == 0 ? loads[0].x : block == 1 ? loads[0].y : block == 2 ? loads[0].z : loads[0].w;
+    } else if constexpr (BITS == 2) {
+        w[0] = block % 2 ? loads[0].z : loads[0].x;
+        w[1] = block % 2 ? loads[0].w : loads[0].y;
+    } else if (block == 3) {
+        w[0] = loads[0].w, w[1] = loads[1].w, w[2] = loads[2].w;
     } else {
-        const uint4 low = loads[block / 2];
-        w[0] = block % 2 ? low.z : low.x;
-        w[1] = block % 2 ? low.w : low.y;
-        if constexpr (BITS == 3) {
-            const uint4 third = loads[2];
-            w[2] = block == 0 ? third.x : block == 1 ? third.y : block == 2 ? third.z : third.w;
-        }
+        w[0] = loads[block].x, w[1] = loads[block].y, w[2] = loads[block].z;
     }
 }
 

@@ -3,7 +3,7 @@
 #ifndef HQQ_FRAGMENTS_CUH
 #define HQQ_FRAGMENTS_CUH
 
-#include "ptx.cuh"
+#include "codes.cuh"
 
 // ---- what a lane stores -------------------------------------------------------------------------------------------
 template <int BITS>
@@ -26,9 +26,14 @@ HQQ_INLINE void read_block(uint32_t (&word)[BITS], const unsigned char* chunk, i
         const uint4 v = *reinterpret_cast<const uint4*>(mine);
         word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
     } else if constexpr (BITS == 3) {
-        const uint2 v = *reinterpret_cast<const uint2*>(mine + 512 * (block / 2) + 8 * (block % 2));
-        word[0] = v.x, word[1] = v.y;
-        word[2] = *reinterpret_cast<const uint32_t*>(mine + 1024 + 4 * block);
+        // Three blocks have a load each, the fourth lies in what these leave over.
+        if (block == 3) {
+#pragma unroll
+            for (int i = 0; i < 3; ++i) word[i] = *reinterpret_cast<const uint32_t*>(mine + 512 * i + 12);
+        } else {
+            const uint4 v = *reinterpret_cast<const uint4*>(mine + 512 * block);
+            word[0] = v.x, word[1] = v.y, word[2] = v.z;
+        }
     } else if constexpr (BITS == 2) {
         const uint2 v = *reinterpret_cast<const uint2*>(mine + 8 * block);
         word[0] = v.x, word[1] = v.y;
@@ -63,8 +68,7 @@ struct Mantissa<BF16> {
     static constexpr uint32_t OFFSET = 0x10001u * (0x8000 | (134 - SHIFT) << 7);
 };
 
-constexpr int AND_OR = 0xea;   // (a & b) | c
-constexpr int SELECT = 0xe2;   // (a & b) | (c & ~b)
+constexpr int AND_OR = 0xea;  // (a & b) | c
 
 // The codes whose BITS bits lie from bit AT on in both halves of `word`.
 template <class T, int BITS, int AT>
@@ -74,20 +78,6 @@ HQQ_INLINE uint32_t field(uint32_t word) {
     const uint32_t raw = lop3<AND_OR>(word >> (AT / REACH * REACH), 0x10001u * (((1 << BITS) - 1) << SHIFT),
                                       Mantissa<T>::BASE);
     return hfma2<T>(raw, Mantissa<T>::template FACTOR<SHIFT>, Mantissa<T>::template OFFSET<SHIFT>);
-}
-
-// Three bits: two of `low`, the third from `high`, where it was shifted to the bit above them.
-template <class T, int PAIR>
-HQQ_INLINE uint32_t field_of_three(uint32_t low, uint32_t high) {
-    constexpr uint32_t LOW = 0x10001u * (3 << 2 * PAIR);
-    const uint32_t both = lop3<SELECT>(low, LOW, high);
-    if constexpr (2 * PAIR + 3 <= Mantissa<T>::BITS) {
-        const uint32_t raw = lop3<AND_OR>(both, 0x10001u * (7 << 2 * PAIR), Mantissa<T>::BASE);
-        return hfma2<T>(raw, Mantissa<T>::template FACTOR<2 * PAIR>, Mantissa<T>::template OFFSET<2 * PAIR>);
-    } else {
-        const uint32_t raw = lop3<AND_OR>(both >> 2 * PAIR, 0x10001u * 7, Mantissa<T>::BASE);
-        return hfma2<T>(raw, Mantissa<T>::template FACTOR<0>, Mantissa<T>::template OFFSET<0>);
-    }
 }
 
 // A byte of each half, ROW the lower (0) or the higher (1).
@@ -127,9 +117,8 @@ HQQ_INLINE uint32_t code_pair(const uint32_t (&word)[BITS]) {
     if constexpr (BITS == 8) {
         return field_of_eight<T, PAIR % 2>(word[2 * STEP + PAIR / 2]);
     } else if constexpr (BITS == 3) {
-        constexpr int LEFT = (PAIR < 2 ? 2 : 5) - 4 * STEP;
-        const uint32_t high = LEFT >= 0 ? word[2] << (LEFT >= 0 ? LEFT : 0) : word[2] >> (LEFT < 0 ? -LEFT : 0);
-        return field_of_three<T, PAIR>(word[STEP / 2] >> 8 * (STEP % 2), high);
+        const uint32_t v = three_bit_word<STEP>(word);
+        return field<T, 3, 3 * (PAIR % 2)>(PAIR < 2 ? v : v >> 8);
     } else {
         constexpr int FIELD = 4 * STEP + PAIR, PER_HALF = 16 / BITS;
         return field<T, BITS, FIELD % PER_HALF * BITS>(word[FIELD / PER_HALF]);

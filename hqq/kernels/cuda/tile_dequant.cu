@@ -18,19 +18,6 @@ using P = Packing<BITS>;
 using S = Scales<T, AXIS, GROUP>;
 constexpr int CHUNKS = RUN / P::CHUNK_BLOCKS;
 
-HQQ_INLINE uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-// The words of block `block` of a chunk in registers; `block` is known when this is compiled.
-HQQ_INLINE void take_block(uint32_t (&word)[BITS], const uint4 (&load)[P::LOADS], int block) {
-#pragma unroll
-    for (int i = 0; i < BITS; ++i) {
-        if constexpr (BITS == 3)
-            word[i] = i < 2 ? word_of(load[block / 2], block % 2 * 2 + i) : word_of(load[2], block);
-        else
-            word[i] = word_of(load[i / 4], (block * BITS + i) % 4);
-    }
-}
-
 template <int STEP = 0>
 HQQ_INLINE void dequantise(uint32_t (&row)[2][8], const uint32_t (&word)[BITS], const S& scales) {
     if constexpr (STEP < 4) {
@@ -112,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         if (i > 0 && i % OF_CHUNK == 0 && first + i / OF_CHUNK >= chunks) break;
         if (AXIS == 0 && i + 1 < RUN) read(i + 1);
         uint32_t word[BITS], row[2][8];
-        take_block(word, load[i / OF_CHUNK], i % OF_CHUNK);
+        block_words<BITS>(load[i / OF_CHUNK], i % OF_CHUNK, word);
         scales[i % AHEAD].times_power(-place.w);
         dequantise(row, word, scales[i % AHEAD]);
 #pragma unroll
