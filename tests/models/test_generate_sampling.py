@@ -16,6 +16,19 @@ from transformers.generation import logits_process as oracle  # noqa: E402
 V = 60
 
 
+def decided(settings: dict[str, Any], rng: torch.Generator) -> torch.Tensor:
+    """Return random logits [V] where top-p ends beyond doubt: transformers sums from the other end.
+
+    Sums of up to V probabilities in float32 are off by less than V * 2^-23.
+    """
+    while True:
+        logits = 3 * torch.randn(V, generator=rng)
+        ordered = logits.double().sort(descending=True).values[: settings.get("top_k", V)]
+        masses = (ordered / settings.get("temperature", 1.0)).softmax(0).cumsum(0)
+        if float((masses - settings.get("top_p", 2.0)).abs().min()) > V * 2.0**-23:
+            return logits
+
+
 @pytest.mark.parametrize(
     ("settings", "warpers"),
     [
@@ -40,7 +53,7 @@ V = 60
 def test_filters_are_those_of_transformers(
     settings: dict[str, Any], warpers: list[Any], rng: torch.Generator
 ) -> None:
-    logits = 3 * torch.randn(8, V, generator=rng)
+    logits = torch.stack([decided(settings, rng) for _ in range(8)])
     expected = logits.clone()
     for warper in warpers:
         expected = warper(torch.zeros(8, 1, dtype=torch.long), expected)
