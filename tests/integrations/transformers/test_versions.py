@@ -52,14 +52,13 @@ DENSE_MODELS = tuple(
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def folders(tmp_path_factory: pytest.TempPathFactory, module_seed: int) -> Iterator[Any]:
     """A function from a model's name to the folder it is saved in, with fresh weights."""
     made: dict[str, Path] = {}
-    seed = int(torch.seed() % 2**31)
 
     def folder(name: str) -> Path:
         if name not in made:
-            made[name] = save(name, tmp_path_factory.mktemp(name), seed)
+            made[name] = save(name, tmp_path_factory.mktemp(name), module_seed)
         return made[name]
 
     return folder
