@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hqq.errors import ConfigError
 from hqq.kernels.cuda import Kernel
-from hqq.kernels.tile_layout import TILE_ROWS, chunk_blocks
+from hqq.kernels.tile_layout import BLOCK_INPUTS, TILE_ROWS, chunk_blocks
 from hqq.kernels.tiled_device import ELEMENTS, multiprocessors
 from hqq.kernels.tiled_gemv_config import GemvConfig, GemvWork, columns
 
@@ -43,9 +43,11 @@ def launch_gemv(
     row_groups = -(-tiles // config.tiles)
     grid = min(row_groups, multiprocessors(x.device.index) * config.per_sm)
     tokens = columns(work.tokens)
-    per_group = config.warps * (16 * config.tiles + (2 if work.axis == 0 else 0)) * tokens * 4
-    sums = config.warps * config.blocks * 4 * max(tokens, 8) * 4
-    batch = max(1, min(-(-row_groups // grid), (_SHARED_BYTES - sums) // per_group))
+    row_sums = 4 * max(tokens, 4)  # bytes: a float for each token and slot
+    per_group = config.warps * (TILE_ROWS * config.tiles + (1 if work.axis == 0 else 0)) * row_sums
+    # Sums of x for each set of slots, or scales and zeros of a row tile.
+    inputs = config.warps * (_slot_sets(work, config, tokens) * 2 * row_sums if work.axis == 1 else config.blocks * 256)
+    batch = max(1, min(-(-row_groups // grid), (_SHARED_BYTES - inputs) // per_group))
     groups = members if work.axis == 0 else meta.shape[1]
     kernel(work.dtype, work.bits, work.axis, _group(work), tokens, config._replace(per_sm=0)).launch(
         x.device.index,
@@ -67,7 +69,7 @@ def launch_gemv(
             sweeps,
             batch,
         ),
-        shared=batch * per_group + sums,
+        shared=batch * per_group + inputs,
         pdl=True,
     )
 
@@ -87,6 +89,13 @@ def kernel(dtype: torch.dtype, bits: int, axis: int, group: int, tokens: int, co
         "RESIDENT": config.resident,
     }
     return Kernel("gemv.cu", "gemv", "PPPPPPiiiiiiii", defines)
+
+
+def _slot_sets(work: GemvWork, config: GemvConfig, tokens: int) -> int:
+    """Return how many sets of slots the inputs of a warp make up (SETS in the kernel)."""
+    parts = max(1, BLOCK_INPUTS // work.group_size)
+    slots = max(1, 4 // tokens)
+    return -(-config.blocks * parts // slots)
 
 
 def _group(work: GemvWork) -> int:

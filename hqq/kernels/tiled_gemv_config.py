@@ -53,20 +53,24 @@ def choose_gemv(work: GemvWork, multiprocessors: int) -> GemvConfig:
     row_tiles = -(-work.N // TILE_ROWS)
     few = row_tiles < _FEW_ROW_TILES * multiprocessors
     tokens = columns(work.tokens)
-    if tokens >= 8:
-        # x of so many tokens takes most registers.
-        tiles, blocks, per_sm = (1, 4, 2) if work.axis == 1 else (2, 4 if tokens == 8 else 2, 1)
+    if tokens == 16:
+        tiles, blocks, per_sm = (1, 2, 2)  # x of so many tokens takes most registers
+    elif tokens == 8:
+        tiles, blocks, per_sm = (1, 4, 2) if work.axis == 1 else (2, 2, 1)
     elif tokens > 1:
-        tiles, blocks, per_sm = (2, 4, 1)
+        tiles, blocks, per_sm = (1 if work.bits == 8 else 2, 4, 1)
+    elif work.axis == 0:
+        # Scaling x costs as much for one row tile as for four.
+        tiles, blocks, per_sm = (2 if work.bits == 8 else 4, 4, 1)
     elif few:
-        tiles = 1 if work.bits == 4 and work.axis == 1 else 2
-        blocks, per_sm = (8 if work.K > _LONG else 4), 1
-    elif work.bits == 8:
+        tiles = 1 if work.bits == 4 else 2
+        blocks, per_sm = (8 if work.K > _LONG and work.bits < 8 else 4), 1
+    elif work.bits == 8 or work.group_size < BLOCK_INPUTS:
         tiles, blocks, per_sm = (2, 4, 1)
-    elif work.bits == 4 and work.axis == 1:
+    elif work.bits == 4:
         tiles, blocks, per_sm = (1, 8, 3)
     else:
-        tiles, blocks, per_sm = (4 if work.bits == 2 else 2, 8, 2)
+        tiles, blocks, per_sm = (2, 8, 2)
     return _fitted(work, tiles, blocks, per_sm)
 
 

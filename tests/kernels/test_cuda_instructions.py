@@ -86,6 +86,23 @@ def test_mma_adds_in_float32(run: Launch, rng: torch.Generator, name: str) -> No
     assert torch.all((out - exact).abs() <= 17 * largest * 2**-22)
 
 
+def test_mma_of_bytes(run: Launch, rng: torch.Generator) -> None:
+    a = torch.randint(0, 256, (16, 32), generator=rng).to(torch.uint8)
+    b = torch.randint(-128, 128, (8, 32), generator=rng).to(torch.int8)
+    c = torch.randint(-(1 << 30), 1 << 30, (16, 8), generator=rng).to(torch.int32)
+    out = run("instructions.cu", "product_of_bytes", [poisoned(16, 8, dtype=torch.int32), a, b, c], TYPE="F16")[0]
+    assert torch.equal(out, c + (a.int() @ b.int().T))
+
+
+def test_maximum_keeps_nan(run: Launch, rng: torch.Generator) -> None:
+    a, b = (torch.randn(32, generator=rng) for _ in range(2))
+    a[0] = b[1] = float("nan")
+    a[2] = b[3] = float("inf")
+    out = run("instructions.cu", "larger", [poisoned(32), a, b], TYPE="F16")[0]
+    assert torch.equal(out.isnan(), torch.arange(32) < 2)
+    assert torch.equal(out[2:], torch.maximum(a, b)[2:])
+
+
 def test_ldmatrix(run: Launch, rng: torch.Generator) -> None:
     elements = torch.randint(0, 1 << 15, (4, 8, 8), generator=rng).to(torch.int16)
     out = run("instructions.cu", "matrices", [poisoned(8, 8, 4, dtype=torch.int32), elements], TYPE="F16")[0]

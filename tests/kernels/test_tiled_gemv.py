@@ -111,6 +111,50 @@ def test_small_scales_keep_their_digits() -> None:
     assert (out.double() - expected).abs().max() <= 2e-3 * expected.abs().max() + 2**-25
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_inputs_of_very_different_size(axis: int) -> None:
+    """Inputs are split into 14 bits below the largest of 64: none is off by more than 2^-14 of that one."""
+    q = random_qtensor(4, 64, 512, axis, 64, torch.float16)
+    weight = TiledWeight.from_qtensor(q, torch.float16)
+    x = torch.randn(3, 512).half()
+    x[0, 7] = 2000.0  # an outlier in its block
+    x[1] *= 2.0**-13  # some are subnormal
+    x[2, 64:128] = 0.0
+    out = torch.full((3, 64), float("nan"), dtype=torch.float16)
+    config = GemvConfig(tiles=1, warps=2, blocks=4, per_sm=1, resident=1)
+    work = GemvWork(torch.float16, 4, axis, 64, 64, 512, 3)
+    tiled_gemv.launch_gemv(work, config, x, weight.codes, weight.meta, weight.rows, None, out)
+    W, v = exact(q), x.double()
+    ungroup, codes = q.spec.grouping.ungroup, q.codes(torch.uint8).double()
+    assert isinstance(q.scale, torch.Tensor)
+    assert isinstance(q.zero, torch.Tensor)
+    scale, zero = (ungroup(of_group.double().expand_as(codes)) for of_group in (q.scale, q.zero))
+    codes = ungroup(codes)
+    split, factor = v[:, None].expand(-1, 64, -1), W  # what is split, and what its error is multiplied with
+    if axis == 0:
+        split, factor = v[:, None] * scale, codes
+    largest = split.abs().unflatten(-1, (-1, 64)).amax(-1, keepdim=True)
+    error = (factor.abs().unflatten(-1, (-1, 64)) * largest).sum((-2, -1)) * 2**-14
+    # Fewer than 32 sums in fp32 one after the other, each of which may cost 2^-24 of the addends' sizes, and one rounding to
+    # float16.
+    error += 2**-19 * v.abs() @ (scale * (codes + zero)).T + 2**-11 * (v @ W.T).abs() + 2**-25
+    assert torch.all((out.double() - v @ W.T).abs() <= error)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_what_is_not_finite_spoils_its_token_only(axis: int, bad: float) -> None:
+    q = random_qtensor(2, 32, 256, axis, 32, torch.bfloat16)
+    weight = TiledWeight.from_qtensor(q, torch.bfloat16)
+    x, out = torch.randn(2, 256).bfloat16(), torch.full((2, 32), float("nan"), dtype=torch.bfloat16)
+    x[1, 100] = bad
+    work = GemvWork(torch.bfloat16, 2, axis, 32, 32, 256, 2)
+    config = GemvConfig(tiles=1, warps=1, blocks=4, per_sm=1, resident=1)
+    tiled_gemv.launch_gemv(work, config, x, weight.codes, weight.meta, weight.rows, None, out)
+    assert out[0].isfinite().all()
+    assert not out[1].isfinite().any()
+
+
 def test_configurations_are_possible() -> None:
     """Every configuration that is chosen or measured has whole chunks, and row tiles that share what they must."""
     for bits in (8, 4, 3, 2, 1):

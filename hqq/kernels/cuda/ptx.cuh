@@ -168,6 +168,23 @@ HQQ_INLINE void mma_m16n8k16<BF16>(float (&d)[4], uint32_t a0, uint32_t a1, uint
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// d[16, 8] += a[16, 32] b[32, 8] of bytes, a without signs and b with: lanes as above, a register has four neighbours.
+// a0 = (g, 4c..), a1 = (g+8, 4c..), a2 = (g, 4c+16..), a3 = (g+8, 4c+16..); b0 = (4c.., g), b1 = (4c+16.., g).
+HQQ_INLINE void mma_m16n8k32(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// ---- single floats ----------------------------------------------------------------------------------------------
+// The larger one; NaN if either is.
+HQQ_INLINE float max_or_nan(float a, float b) {
+    float value;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(a), "f"(b));
+    return value;
+}
+
 // ---- pairs of 16-bit floats -------------------------------------------------------------------------------------
 // Two floats rounded to nearest even, the first in the low half.
 template <class T>
@@ -293,6 +310,12 @@ HQQ_INLINE uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
     uint32_t d;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(selector));
     return d;
+}
+
+// The value, of which the compiler knows nothing more.
+HQQ_INLINE uint32_t opaque(uint32_t value) {
+    asm volatile("" : "+r"(value));
+    return value;
 }
 
 // ---- overlapping kernels ----------------------------------------------------------------------------------------

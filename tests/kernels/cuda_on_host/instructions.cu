@@ -12,7 +12,22 @@ extern "C" __global__ void product(float* out, const uint16_t* a, const uint16_t
     for (int i = 0; i < 4; ++i) out[8 * (g + 8 * (i / 2)) + 2 * q + i % 2] = d[i];
 }
 
-// The same product with operands that come through shared memory, by cp.async and ldmatrix.
+// out[16, 8] = a[16, 32] b[8, 32]^T + c of bytes, with fragments read as mma_m16n8k32 describes them.
+extern "C" __global__ void product_of_bytes(int* out, const uint8_t* a, const int8_t* b, const int* c) {
+    const int g = threadIdx.x / 4, q = threadIdx.x % 4;
+    auto four = [](const void* rows, int row, int k) { return ldg32(static_cast<const uint8_t*>(rows) + 32 * row + k); };
+    int d[4];
+    for (int i = 0; i < 4; ++i) d[i] = c[8 * (g + 8 * (i / 2)) + 2 * q + i % 2];
+    mma_m16n8k32(d, four(a, g, 4 * q), four(a, g + 8, 4 * q), four(a, g, 4 * q + 16), four(a, g + 8, 4 * q + 16),
+                 four(b, g, 4 * q), four(b, g, 4 * q + 16));
+    for (int i = 0; i < 4; ++i) out[8 * (g + 8 * (i / 2)) + 2 * q + i % 2] = d[i];
+}
+
+extern "C" __global__ void larger(float* out, const float* a, const float* b) {
+    out[threadIdx.x] = max_or_nan(a[threadIdx.x], b[threadIdx.x]);
+}
+
+// out[16, 8] = a[16, 16] b[8, 16]^T + c with operands that come through shared memory, by cp.async and ldmatrix.
 extern "C" __global__ void product_from_shared(float* out, const uint16_t* a, const uint16_t* b, const float* c) {
     HQQ_DYNAMIC_SHARED(shared);
     const int lane = threadIdx.x, g = lane / 4, q = lane % 4;

@@ -144,6 +144,49 @@ inline void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, u
     std::memcpy(d, out.d, sizeof d);
 }
 
+namespace host {
+struct IntegerMmaIn {
+    uint32_t a[4], b[2];
+    int32_t d[4];
+};
+struct IntegerMmaOut {
+    int32_t d[4];
+};
+}  // namespace host
+
+inline void mma_m16n8k32(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    const host::IntegerMmaIn in{{a0, a1, a2, a3}, {b0, b1}, {d[0], d[1], d[2], d[3]}};
+    const auto out = host::meet<host::IntegerMmaOut>(0xffffffffu, "mma_m16n8k32", in, [](host::Meeting& m) {
+        uint8_t a[16][32];
+        int8_t b[32][8];
+        host::IntegerMmaIn lane;
+        for (int l = 0; l < host::WARP; ++l) {
+            std::memcpy(&lane, m.in[l], sizeof lane);
+            for (int byte = 0; byte < 4; ++byte) {
+                const int k = l % 4 * 4 + byte;
+                for (int p = 0; p < 4; ++p) a[l / 4 + 8 * (p % 2)][k + 16 * (p / 2)] = lane.a[p] >> (8 * byte) & 0xff;
+                for (int p = 0; p < 2; ++p) b[k + 16 * p][l / 4] = static_cast<int8_t>(lane.b[p] >> (8 * byte) & 0xff);
+            }
+        }
+        for (int l = 0; l < host::WARP; ++l) {
+            std::memcpy(&lane, m.in[l], sizeof lane);
+            host::IntegerMmaOut sums;
+            for (int i = 0; i < 4; ++i) {
+                const int row = l / 4 + 8 * (i / 2), column = l % 4 * 2 + i % 2;
+                int64_t sum = lane.d[i];
+                for (int k = 0; k < 32; ++k) sum += int64_t(a[row][k]) * b[k][column];
+                if (sum != static_cast<int32_t>(sum)) host::fail("mma_m16n8k32: the sum %lld overflows", (long long)sum);
+                sums.d[i] = static_cast<int32_t>(sum);
+            }
+            std::memcpy(m.out[l], &sums, sizeof sums);
+        }
+    });
+    std::memcpy(d, out.d, sizeof d);
+}
+
+// ---- single floats --------------------------------------------------------------------------------------------------
+inline float max_or_nan(float a, float b) { return a != a || b != b ? std::nanf("") : std::max(a, b); }
+
 // ---- pairs of 16-bit floats -----------------------------------------------------------------------------------------
 template <class T>
 inline uint32_t pack2(float low, float high) {
@@ -196,6 +239,7 @@ inline uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
     return d;
 }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) { return prmt(low, high, selector & 0x7777); }
+inline uint32_t opaque(uint32_t value) { return value; }
 
 inline void pdl_wait() {}
 inline void pdl_launch() {}
