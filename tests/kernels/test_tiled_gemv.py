@@ -135,7 +135,7 @@ def test_inputs_of_very_different_size(axis: int) -> None:
         split, factor = v[:, None] * scale, codes
     largest = split.abs().unflatten(-1, (-1, 64)).amax(-1, keepdim=True)
     error = (factor.abs().unflatten(-1, (-1, 64)) * largest).sum((-2, -1)) * 2**-14
-    # Fewer than 32 sums in fp32 one after the other, each of which may cost 2^-24 of the addends' sizes, and one rounding to
+    # Fewer than 32 sums in fp32 one after the other, each of which may cost 2^-24 of the addends, and one rounding to
     # float16.
     error += 2**-19 * v.abs() @ (scale * (codes + zero)).T + 2**-11 * (v @ W.T).abs() + 2**-25
     assert torch.all((out.double() - v @ W.T).abs() <= error)

@@ -165,9 +165,9 @@ gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* m
     const auto first_tile = [&](int group) { return (int(blockIdx.x) + group * int(gridDim.x)) * TILES; };
     const auto batch_end = [&](int b) { return min(b + p.batch, mine); };
 
-    // Codes and scales of one slice of TILES row tiles: codes are zero past the last input, and another tile's past the last
-    // tile. Addresses are those of the slice in the first row tile, and change with the slice only.
-    uint4 slice[TILES][CHUNKS][LOADS];
+    // Codes and scales of one slice of TILES row tiles; any codes past the last input, where x is zero, and another tile's past
+    // the last tile. Addresses are those of the slice in the first row tile, and change with the slice only.
+    uint4 slice[TILES][CHUNKS][LOADS] = {};
     uint2 scales[TILES][SETS];
     const int tile_bytes = p.blocks / Chunk<BITS>::blocks * (512 * LOADS);
     const unsigned char* codes_from;
@@ -183,15 +183,19 @@ gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* m
             for (int set = 0; set < SETS; ++set) meta_from[set] = meta_of_slot(p, lane, block0, set);
         }
     };
-    const auto fetch = [&](int chunk, int tile0) {
+    const unsigned char* tile_from[TILES];
+    const auto aim_at_tiles = [&](int tile0) {
+        // Opaque, or the compiler adds up each chunk's address from its parts anew.
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
-            const unsigned char* from = codes_from + int64_t(min(tile0 + tile, p.tiles - 1)) * tile_bytes;
+        for (int tile = 0; tile < TILES; ++tile)
+            tile_from[tile] = opaque(codes_from + int64_t(min(tile0 + tile, p.tiles - 1)) * tile_bytes);
+    };
+    const auto fetch = [&](int chunk, int chunks) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
             for (int i = 0; i < LOADS; ++i)
-                slice[tile][chunk][i] =
-                    chunk < chunks_left ? ldg128_stream(from + 512 * (LOADS * chunk + i)) : make_uint4(0, 0, 0, 0);
-        }
+                if (chunk < chunks) slice[tile][chunk][i] = ldg128_stream(tile_from[tile] + 512 * (LOADS * chunk + i));
     };
     const auto fetch_meta = [&](int tile0) {
         if constexpr (AXIS == 1) {
@@ -213,9 +217,10 @@ gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* m
         }
     };
     aim(first_block(0));
+    aim_at_tiles(first_tile(0));
     // Before the kernels in front have ended: whoever makes a TiledWeight waits until it is written.
 #pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) fetch(chunk, first_tile(0));
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) fetch(chunk, chunks_left);
     fetch_meta(first_tile(0));
     pdl_launch();
     pdl_wait();
@@ -239,6 +244,8 @@ gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* m
         const int block0 = first_block(at.sweep), tile0 = first_tile(at.group);
         const int next_tile0 = first_tile(next.group);
         if (next.sweep != at.sweep) aim(first_block(next.sweep));
+        aim_at_tiles(next_tile0);
+        const int next_chunks = more ? chunks_left : 0;
 
         if (AXIS == 1 && new_slice) {
             __syncwarp();
@@ -340,7 +347,7 @@ gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* m
                         }
                 }
             }
-            if ((block + 1) % Chunk<BITS>::blocks == 0 && more) fetch(chunk, next_tile0);
+            if ((block + 1) % Chunk<BITS>::blocks == 0) fetch(chunk, next_chunks);
         }
         if (AXIS == 1 && more) fetch_meta(next_tile0);
 

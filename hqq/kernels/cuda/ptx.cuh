@@ -259,6 +259,8 @@ template <class T>
 HQQ_INLINE uint32_t hadd2(uint32_t a, uint32_t b);
 template <class T>
 HQQ_INLINE uint32_t hsub2(uint32_t a, uint32_t b);
+template <class T>
+HQQ_INLINE uint32_t hneg2(uint32_t a);
 
 template <>
 HQQ_INLINE uint32_t hmul2<F16>(uint32_t a, uint32_t b) {
@@ -296,6 +298,33 @@ HQQ_INLINE uint32_t hsub2<BF16>(uint32_t a, uint32_t b) {
     return hfma2<BF16>(b, 0xbf80bf80u, a);
 }
 
+template <>
+HQQ_INLINE uint32_t hneg2<F16>(uint32_t a) {
+    uint32_t d;
+    asm("neg.f16x2 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
+}
+
+template <>
+HQQ_INLINE uint32_t hneg2<BF16>(uint32_t a) {
+    uint32_t d;
+    asm("neg.bf16x2 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
+}
+
+// One half of a pair, twice. Written like this they cost nothing where arithmetic on pairs takes them.
+HQQ_INLINE uint32_t low_twice(uint32_t pair) {
+    uint32_t d;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l};}" : "=r"(d) : "r"(pair));
+    return d;
+}
+
+HQQ_INLINE uint32_t high_twice(uint32_t pair) {
+    uint32_t d;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h};}" : "=r"(d) : "r"(pair));
+    return d;
+}
+
 // ---- bits -------------------------------------------------------------------------------------------------------
 // Any function of three bits: bit 4a + 2b + c of TABLE; for instance (0xf0 & 0xcc) | 0xaa is (a & b) | c.
 template <int TABLE>
@@ -316,6 +345,12 @@ HQQ_INLINE uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
 HQQ_INLINE uint32_t opaque(uint32_t value) {
     asm volatile("" : "+r"(value));
     return value;
+}
+
+template <class V>
+HQQ_INLINE V* opaque(V* pointer) {
+    asm volatile("" : "+l"(pointer));
+    return pointer;
 }
 
 // ---- overlapping kernels ----------------------------------------------------------------------------------------

@@ -217,6 +217,12 @@ template <class T>
 inline uint32_t hsub2(uint32_t a, uint32_t b) {
     return hadd2<T>(a, b ^ 0x80008000u);
 }
+template <class T>
+inline uint32_t hneg2(uint32_t a) {
+    return a ^ 0x80008000u;
+}
+inline uint32_t low_twice(uint32_t pair) { return pair << 16 | (pair & 0xffff); }
+inline uint32_t high_twice(uint32_t pair) { return pair >> 16 | (pair & 0xffff0000u); }
 
 // ---- bits -----------------------------------------------------------------------------------------------------------
 template <int TABLE>
@@ -240,6 +246,10 @@ inline uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
 }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) { return prmt(low, high, selector & 0x7777); }
 inline uint32_t opaque(uint32_t value) { return value; }
+template <class V>
+inline V* opaque(V* pointer) {
+    return pointer;
+}
 
 inline void pdl_wait() {}
 inline void pdl_launch() {}
