@@ -53,7 +53,8 @@ def choose_gemv(work: GemvWork, multiprocessors: int) -> GemvConfig:
     row_tiles = -(-work.N // TILE_ROWS)
     few = row_tiles < _FEW_ROW_TILES * multiprocessors
     tokens = columns(work.tokens)
-    if tokens == 16:
+    small_groups = work.axis == 1 and work.group_size < BLOCK_INPUTS  # a block has several, with scales of their own
+    if tokens == 16 or (small_groups and tokens > 2):
         tiles, blocks, per_sm = (1, 2, 2)  # x of so many tokens takes most registers
     elif tokens == 8:
         tiles, blocks, per_sm = (1, 4, 2) if work.axis == 1 else (2, 2, 1)
@@ -65,7 +66,7 @@ def choose_gemv(work: GemvWork, multiprocessors: int) -> GemvConfig:
     elif few:
         tiles = 1 if work.bits == 4 else 2
         blocks, per_sm = (8 if work.K > _LONG and work.bits < 8 else 4), 1
-    elif work.bits == 8 or work.group_size < BLOCK_INPUTS:
+    elif work.bits == 8 or small_groups:
         tiles, blocks, per_sm = (2, 4, 1)
     elif work.bits == 4:
         tiles, blocks, per_sm = (1, 8, 3)
