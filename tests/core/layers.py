@@ -40,15 +40,22 @@ def exact(layer: HQQLinear, x: Tensor) -> Tensor:
 
 
 def product_bound(layer: HQQLinear, x: Tensor) -> Tensor:
-    """K + 1 additions of rounded products: |error| <= (K + 2) u sum |x W| + u |bias|, and the result's own rounding."""
-    u = torch.finfo(layer.compute_dtype).eps / 2
+    """How far the layer's output in its compute dtype may be from `exact`."""
+    return linear_bound(x.to(layer.compute_dtype), layer.dequantize(), layer.bias)
+
+
+def linear_bound(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """How far `x @ W.t() + bias` in the dtype of `x` may be from the same in exact arithmetic.
+
+    K + 1 additions of rounded products: |error| <= (K + 2) u sum |x W| + u |bias|, and the result's own rounding.
+    """
+    u = torch.finfo(x.dtype).eps / 2
     accumulate = min(u, 2.0**-24)  # sums of 16-bit products are kept in float32 (or finer)
-    magnitude = x.detach().double().abs() @ layer.dequantize().double().abs().t()
-    if layer.bias is not None:
-        magnitude = magnitude + layer.bias.detach().double().abs()
-    tiny = torch.finfo(layer.compute_dtype).smallest_normal
+    magnitude = x.detach().double().abs() @ W.detach().double().abs().t()
+    if bias is not None:
+        magnitude = magnitude + bias.detach().double().abs()
     # bias and sum may be rounded to the dtype one after the other
-    return magnitude * ((x.shape[-1] + 2) * accumulate + 2 * u) + tiny
+    return magnitude * ((x.shape[-1] + 2) * accumulate + 2 * u) + torch.finfo(x.dtype).tiny
 
 
 def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:

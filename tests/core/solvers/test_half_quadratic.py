@@ -28,19 +28,33 @@ def restated(
     p: float = 0.7,
     beta: float = 10.0,
     steps: int = 20,
-) -> list[Array]:
-    """Return the zeros after every iteration, in float32, until the error does not fall any more."""
+) -> list[tuple[Array, NDArray[np.bool_]]]:
+    """Return the zeros after every iteration, in float32, until the error does not fall any more.
+
+    With them, which groups hang on how float32 rounds: some value lay in the middle between two codes, as nearly as
+    float32 tells, in this iteration or one before. All do once the error neither rose nor fell.
+    """
     trajectory = []
     best = np.inf
+    tied = np.zeros(zero.shape, dtype=bool)
     for _ in range(steps):
+        place = W.astype(np.float64) * inverse_scale + zero
+        # The product and the sum are rounded, and the zero comes from a mean of as many numbers as a group has.
+        unsure = 2.0**-24 * (2 * np.abs(W * inverse_scale) + W.shape[dim] * (np.abs(zero) + max_code))
+        inside = (place > -0.5 - unsure) & (place < max_code + 0.5 + unsure)
+        near = np.abs(np.abs(place - np.floor(place)) - 0.5) <= unsure
+        tied = tied | (inside & near).any(axis=dim, keepdims=True)
         codes = np.clip(np.round(W * inverse_scale + zero), 0, max_code)
         fitted = (codes - zero) / inverse_scale
         with np.errstate(divide="ignore"):
             shrunk = np.abs(W - fitted) - np.abs(W - fitted) ** np.float32(p - 1) / np.float32(beta)
         sparse = np.sign(W - fitted) * np.maximum(shrunk, 0)
         zero = np.mean(codes - (W - sparse) * inverse_scale, axis=dim, keepdims=True, dtype=np.float32)
-        trajectory.append(zero)
+        trajectory.append((zero, tied))
         error = np.abs(W - fitted).mean(dtype=np.float64)
+        # Values of float32 residuals are off by the rounding of codes and zeros, in both computations.
+        if abs(error - best) <= 2.0**-20 * (error + float(np.abs(W).max())):
+            tied = np.ones_like(tied)
         if not error < best:
             break
         best = error
@@ -55,13 +69,13 @@ def test_trajectory(dim: int, max_code: int, size: float, rng: torch.Generator) 
     W = torch.randn(48, 64, generator=rng) * size
     start = min_max_lattice(W, dim, max_code)
     expected = restated(W.numpy(), start.inverse_scale.numpy(), start.zero.numpy(), dim, max_code, steps=3)
-    for steps, zeros in enumerate(expected, start=1):
+    for steps, (zeros, tied) in enumerate(expected, start=1):
         actual = refine_zero(W, start, dim, max_code, iterations=steps).numpy()
-        # A value within rounding of the middle between two codes may go either way; that moves its group's mean by
-        # 1/length. Everything else agrees to the rounding of a float32 mean of numbers up to max_code.
+        # A value within rounding of the middle between two codes may go either way; everything else agrees to the
+        # rounding of a float32 mean of numbers up to max_code.
         agree = np.abs(actual - zeros) <= 64 * 2.0**-24 * (np.abs(zeros) + max_code)
-        assert agree.mean() >= 0.95
-        assert np.abs(actual - zeros).max() <= steps * 2 / W.shape[dim] + 1e-3
+        assert (agree | tied).all()
+    assert not expected[0][1].all()
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -140,10 +154,12 @@ def test_same_input_same_bits(solver: str, dim: int, rng: torch.Generator) -> No
 def test_groups_are_solved_alike_wherever_they_stand(solver: str, dim: int, rng: torch.Generator) -> None:
     """A tensor of one group repeated stops as one, and gives every copy the same lattice."""
     one = torch.randn(1, 64, generator=rng)
-    W = one.expand(37, 64).contiguous()
+    # Columns that fill no vector are summed in another order, and a value in the middle between two codes would lead
+    # the half-quadratic iteration elsewhere; the others are made to give the same bits in any place.
+    W = one.expand(64 if solver == "hqq" else 37, 64).contiguous()
     _, scale, zero = get_solver(solver)(W if dim == 1 else W.t().contiguous(), dim, 7)
-    assert float((scale - scale.flatten()[0]).abs().max()) <= 1e-6 * float(scale.abs().max())
-    assert float((zero - zero.flatten()[0]).abs().max()) <= 1e-4
+    assert bool((scale == scale.flatten()[0]).all())
+    assert bool((zero == zero.flatten()[0]).all())
 
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
@@ -200,8 +216,12 @@ class TestOriginalConvention:
             p=params.get("lp_norm", 0.7),
             beta=params.get("beta", 10.0),
             steps=1,
-        )[-1]
-        np.testing.assert_allclose(zero.numpy(), expected, rtol=0, atol=1e-4)
+        )
+        zeros, tied = expected[-1]
+        assert not tied.all()
+        # Means of 64 numbers up to 15, twice.
+        agree = np.abs(zero.numpy() - zeros) <= 2 * 64 * 15 * 2.0**-24
+        assert (agree | tied).all()
 
     def test_iterations_are_counted(self, rng: torch.Generator) -> None:
         start = self.start(rng)
