@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,9 @@ _FEW_ROW_TILES = 4  # for each multiprocessor
 _LONG = 8192  # inputs
 _REGISTERS = 65536  # of a multiprocessor
 _FEWEST_REGISTERS = 64  # of a thread; fewer would spill
+_MOST_RESIDENT = 8  # blocks on a multiprocessor
+_MOST_REGISTERS = 255  # of a thread
+_OTHER_REGISTERS = 36  # for addresses, positions and what is under way
 
 
 class GemvConfig(NamedTuple):
@@ -53,7 +57,9 @@ def choose_gemv(work: GemvWork, multiprocessors: int) -> GemvConfig:
     row_tiles = -(-work.N // TILE_ROWS)
     few = row_tiles < _FEW_ROW_TILES * multiprocessors
     tokens = columns(work.tokens)
-    small_groups = work.axis == 1 and work.group_size < BLOCK_INPUTS  # a block has several, with scales of their own
+    small_groups = (
+        work.axis == 1 and work.group_size < BLOCK_INPUTS
+    )  # a block has several, with scales of their own
     if tokens == 16 or (small_groups and tokens > 2):
         tiles, blocks, per_sm = (1, 2, 2)  # x of so many tokens takes most registers
     elif tokens == 8:
@@ -72,32 +78,46 @@ def choose_gemv(work: GemvWork, multiprocessors: int) -> GemvConfig:
         tiles, blocks, per_sm = (1, 8, 3)
     else:
         tiles, blocks, per_sm = (2, 8, 2)
-    return _fitted(work, tiles, blocks, per_sm)
+    return _fitted(work, tiles, blocks, per_sm, _MOST_WARPS if per_sm == 1 else _MOST_WARPS // 2)
 
 
 def candidates(work: GemvWork, multiprocessors: int) -> list[GemvConfig]:
     """Return the configurations worth measuring for `work`, the chosen one first."""
     found = [choose_gemv(work, multiprocessors)]
-    for tiles in (1, 2, 4):
-        for blocks in (4, 8):
-            for per_sm in (1, 2, 3):
-                config = _fitted(work, tiles, blocks, per_sm)
-                if config not in found:
-                    found.append(config)
+    for tiles, blocks, per_sm, most_warps in product((1, 2, 4), (2, 4, 8), (1, 2, 3), (8, 16)):
+        config = _fitted(work, tiles, blocks, per_sm, most_warps)
+        for resident in (config.resident, min(config.per_sm + 1, _MOST_RESIDENT)):
+            config = config._replace(resident=resident)
+            if config not in found and registers(work, config) <= available_registers(config):
+                found.append(config)
     return found
 
 
-def _fitted(work: GemvWork, tiles: int, blocks: int, per_sm: int) -> GemvConfig:
+def available_registers(config: GemvConfig) -> int:
+    """Return how many registers a thread can have where so many blocks are to be resident."""
+    return min(_MOST_REGISTERS, _REGISTERS // (32 * config.warps * config.resident))
+
+
+def registers(work: GemvWork, config: GemvConfig) -> int:
+    """Return about how many registers a thread needs, as counted in compiled kernels; with fewer some are spilled."""
+    tokens = columns(work.tokens)
+    token_columns = max(1, tokens // 4)
+    held = -(-config.blocks * tokens // 4) if tokens < 4 else config.blocks  # blocks that a lane holds x of
+    codes = config.tiles * config.blocks * work.bits
+    sums = 6 * config.tiles * token_columns
+    return _OTHER_REGISTERS + codes + sums + 4 * held * token_columns
+
+
+def _fitted(work: GemvWork, tiles: int, blocks: int, per_sm: int, most_warps: int) -> GemvConfig:
     """Return a configuration whose warps divide the inputs evenly and whose row tiles share what they must."""
     members = work.group_size // TILE_ROWS if work.axis == 0 else tiles
     while members % tiles:  # axis=0: all row tiles of a warp have one group's scales
         tiles //= 2
     blocks = max(blocks, chunk_blocks(work.bits))
     slices = -(-work.K // (blocks * BLOCK_INPUTS))
-    most = _MOST_WARPS if per_sm == 1 else _MOST_WARPS // 2
-    sweeps = -(-slices // most)
+    sweeps = -(-slices // most_warps)
     warps = -(-slices // sweeps)
     # Small weights fill a multiprocessor with more blocks instead.
-    per_sm = max(per_sm, min(8, _MOST_WARPS // warps))
+    per_sm = max(per_sm, min(_MOST_RESIDENT, _MOST_WARPS // warps))
     resident = min(per_sm, _REGISTERS // (32 * warps * _FEWEST_REGISTERS))
     return GemvConfig(tiles, warps, blocks, per_sm, resident)

@@ -168,3 +168,4 @@ def test_configurations_are_possible() -> None:
                         assert axis == 1 or group_size // 16 % config.tiles == 0
                         assert 32 * config.warps * config.per_sm <= 2048
                         assert 1 <= config.warps <= 32
+                        assert 1 <= config.resident <= 8
