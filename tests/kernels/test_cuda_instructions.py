@@ -157,7 +157,7 @@ def test_arithmetic(run: Launch, rng: torch.Generator, name: str) -> None:
     wild = torch.randint(-(1 << 31), 1 << 31, (3, n // 2), generator=rng).to(torch.int32)
     tame = torch.randn(3, n // 2, 2, generator=rng).to(DTYPES[name]).view(torch.int32).squeeze(-1)
     a, b, c = torch.cat([wild, tame], 1)
-    tensors = [poisoned(14, n, dtype=torch.int32), a, b, c]
+    tensors = [poisoned(17, n, dtype=torch.int32), a, b, c]
     rows = run("instructions.cu", "arithmetic", tensors, n, grid=n // 128, block=128, TYPE=name)[0]
     x, y, z = (halves(v).view(DTYPES[name]).double() for v in (a, b, c))
     triples = zip(*(v.flatten().tolist() for v in (x, y, z)), strict=True)
@@ -168,6 +168,7 @@ def test_arithmetic(run: Launch, rng: torch.Generator, name: str) -> None:
     ]
     for row, values in enumerate(exact):
         assert_rounded(rows[row], values, DTYPES[name])
+    assert_rounded(rows[14], (-x).flatten().tolist(), DTYPES[name])
     for row, half in ((5, 0), (6, 1)):
         got = rows[row].view(torch.float32).double()
         assert torch.equal(got.nan_to_num(7.5), x[:, half].nan_to_num(7.5))
@@ -188,6 +189,8 @@ def test_arithmetic(run: Launch, rng: torch.Generator, name: str) -> None:
         11: both >> (words[2] & 31) & 0xFFFFFFFF,
         12: np.array([int(w).bit_count() for w in words[0]], np.uint64),
         13: np.array([32 - int(w).bit_length() for w in words[0]], np.uint64),
+        15: (words[0] & 0xFFFF) * 0x10001,
+        16: (words[0] >> 16) * 0x10001,
     }
     for row, values in expected.items():
         assert np.array_equal(rows[row].numpy().view(np.uint32), values.astype(np.uint32)), f"row {row}"

@@ -42,42 +42,54 @@ HQQ_INLINE void read_block(uint32_t (&word)[BITS], const unsigned char* chunk, i
     }
 }
 
-// ---- codes as floats ----------------------------------------------------------------------------------------------
-// Code bits that become mantissa bits of a power of two stand for that power plus the code, times 2^shift where they
-// lie higher than the lowest bit. Products with 2^-shift minus the power are the code itself: no step rounds.
-template <class T>
-struct Mantissa;
-
-template <>
-struct Mantissa<F16> {
-    static constexpr int BITS = 10;
-    static constexpr uint32_t BASE = 0x64006400u;  // 1024
-    template <int SHIFT>
-    static constexpr uint32_t FACTOR = 0x10001u * ((15 - SHIFT) << 10);
-    template <int SHIFT>
-    static constexpr uint32_t OFFSET = 0x10001u * (0x8000 | (25 - SHIFT) << 10);
-};
-
-template <>
-struct Mantissa<BF16> {
-    static constexpr int BITS = 7;
-    static constexpr uint32_t BASE = 0x43004300u;  // 128
-    template <int SHIFT>
-    static constexpr uint32_t FACTOR = 0x10001u * ((127 - SHIFT) << 7);
-    template <int SHIFT>
-    static constexpr uint32_t OFFSET = 0x10001u * (0x8000 | (134 - SHIFT) << 7);
-};
-
 constexpr int AND_OR = 0xea;  // (a & b) | c
+
+// ---- codes as floats ----------------------------------------------------------------------------------------------
+// Code bits become the lowest bits of a number, BITS of them at most. What comes out is the code times 2^EXPONENT; no
+// step rounds.
+template <class T>
+struct Number;
+
+// In the mantissa of 1024 they stand for 1024 plus the code, times 2^shift where they lie higher than the lowest bit:
+// times 2^-shift minus the 1024 it is the code.
+template <>
+struct Number<F16> {
+    static constexpr int BITS = 10, EXPONENT = 0;
+    static constexpr uint32_t ONE = 0x3c003c00u, BASE = 0x64006400u;
+    template <int SHIFT>
+    static HQQ_INLINE uint32_t without_base(uint32_t number) {
+        return hfma2<F16>(number, 0x10001u * ((15 - SHIFT) << 10), 0x10001u * (0x8000 | (25 - SHIFT) << 10));
+    }
+    template <uint32_t MASK, int SHIFT>
+    static HQQ_INLINE uint32_t of(uint32_t word) {
+        return without_base<SHIFT>(lop3<AND_OR>(word, MASK, BASE));
+    }
+    static HQQ_INLINE uint32_t minus(uint32_t a) { return hneg2<F16>(a); }
+};
+
+// Alone they are multiples of the smallest number, 2^-133: seven bits as subnormal numbers, and the lowest bit of the
+// exponent goes on where these end. The largest factor there is, 2^127, leaves 2^-6.
+template <>
+struct Number<BF16> {
+    static constexpr int BITS = 8, EXPONENT = -6;
+    static constexpr uint32_t ONE = 0x42804280u;  // 2^6: turns what comes out into the code
+    template <int SHIFT>
+    static HQQ_INLINE uint32_t scaled(uint32_t number) {
+        return hmul2<BF16>(number, 0x10001u * ((254 - SHIFT) << 7));
+    }
+    template <uint32_t MASK, int SHIFT>
+    static HQQ_INLINE uint32_t of(uint32_t word) {
+        return scaled<SHIFT>(word & MASK);
+    }
+    static HQQ_INLINE uint32_t minus(uint32_t a) { return hmul2<BF16>(a, 0xbc80bc80u); }  // -2^-6 a
+};
 
 // The codes whose BITS bits lie from bit AT on in both halves of `word`.
 template <class T, int BITS, int AT>
 HQQ_INLINE uint32_t field(uint32_t word) {
-    constexpr int REACH = Mantissa<T>::BITS / BITS * BITS;  // as many fields as one shift of the word can serve
+    constexpr int REACH = Number<T>::BITS / BITS * BITS;  // as many fields as one shift of the word can serve
     constexpr int SHIFT = AT % REACH;
-    const uint32_t raw = lop3<AND_OR>(word >> (AT / REACH * REACH), 0x10001u * (((1 << BITS) - 1) << SHIFT),
-                                      Mantissa<T>::BASE);
-    return hfma2<T>(raw, Mantissa<T>::template FACTOR<SHIFT>, Mantissa<T>::template OFFSET<SHIFT>);
+    return Number<T>::template of<0x10001u * (((1 << BITS) - 1) << SHIFT), SHIFT>(word >> (AT / REACH * REACH));
 }
 
 // A byte of each half, ROW the lower (0) or the higher (1).
@@ -86,32 +98,25 @@ HQQ_INLINE uint32_t field_of_eight(uint32_t word);
 
 template <>
 HQQ_INLINE uint32_t field_of_eight<F16, 0>(uint32_t word) {
-    return hfma2<F16>(prmt(word, Mantissa<F16>::BASE, 0x7250), Mantissa<F16>::FACTOR<0>, Mantissa<F16>::OFFSET<0>);
+    return Number<F16>::without_base<0>(prmt(word, Number<F16>::BASE, 0x7250));
 }
 
 template <>
 HQQ_INLINE uint32_t field_of_eight<F16, 1>(uint32_t word) {
-    return hfma2<F16>(prmt(word, Mantissa<F16>::BASE, 0x7351), Mantissa<F16>::FACTOR<0>, Mantissa<F16>::OFFSET<0>);
-}
-
-// The highest of eight bits has no room in bf16's mantissa; in the exponent it makes 256 of 128.
-HQQ_INLINE uint32_t byte_as_bf16(uint32_t word) {
-    constexpr uint32_t ONE = 0x3f803f80u, MINUS_256 = 0xc380c380u, BASE = Mantissa<BF16>::BASE;
-    const uint32_t low = lop3<AND_OR>(word, 0x007f007fu, BASE), top = lop3<AND_OR>(word, 0x00800080u, BASE);
-    return hfma2<BF16>(hfma2<BF16>(low, ONE, MINUS_256), ONE, top);
+    return Number<F16>::without_base<0>(prmt(word, Number<F16>::BASE, 0x7351));
 }
 
 template <>
 HQQ_INLINE uint32_t field_of_eight<BF16, 0>(uint32_t word) {
-    return byte_as_bf16(word);
+    return Number<BF16>::of<0x00ff00ffu, 0>(word);
 }
 
 template <>
 HQQ_INLINE uint32_t field_of_eight<BF16, 1>(uint32_t word) {
-    return byte_as_bf16(word >> 8);
+    return Number<BF16>::scaled<0>(prmt(word, 0, 0x4341));
 }
 
-// The pair PAIR (a0 to a3) of instruction STEP of a block, as codes in T, exactly.
+// The pair PAIR (a0 to a3) of instruction STEP of a block, as codes in T times 2^EXPONENT, exactly.
 template <class T, int BITS, int STEP, int PAIR>
 HQQ_INLINE uint32_t code_pair(const uint32_t (&word)[BITS]) {
     if constexpr (BITS == 8) {
@@ -149,16 +154,22 @@ struct Scales<T, 1, GROUP> {
     HQQ_INLINE void read(const unsigned char* block, int lane) {
         const int group = lane % 4 * BLOCK_GROUPS / 4;
         const uint2 v = *reinterpret_cast<const uint2*>(block + 64 * group + 8 * (lane / 4));
-        scale[0] = prmt(v.x, v.x, 0x1010), zero[0] = prmt(v.x, v.x, 0x3232);
-        scale[1] = prmt(v.y, v.y, 0x1010), zero[1] = prmt(v.y, v.y, 0x3232);
+        scale[0] = low_twice(v.x), zero[0] = high_twice(v.x);
+        scale[1] = low_twice(v.y), zero[1] = high_twice(v.y);
     }
 
     HQQ_INLINE void times_power(int) {}
 
-    // zero becomes -zero * scale, for `weights`.
+    // zero becomes -zero * scale times 2^EXPONENT, for `weights`.
     HQQ_INLINE void fold() {
 #pragma unroll
-        for (int row = 0; row < 2; ++row) zero[row] = hmul2<T>(zero[row] ^ 0x80008000u, scale[row]);
+        for (int row = 0; row < 2; ++row) zero[row] = hmul2<T>(Number<T>::minus(zero[row]), scale[row]);
+    }
+
+    // zero becomes -zero, for `exact_weights`.
+    HQQ_INLINE void negate() {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) zero[row] = hneg2<T>(zero[row]);
     }
 
     template <int STEP, int PAIR>
@@ -190,7 +201,13 @@ struct Scales<T, 0, GROUP> {
 
     HQQ_INLINE void fold() {
 #pragma unroll
-        for (int pair = 0; pair < 8; ++pair) zero[pair] = hmul2<T>(zero[pair] ^ 0x80008000u, scale[pair]);
+        for (int pair = 0; pair < 8; ++pair) zero[pair] = hmul2<T>(Number<T>::minus(zero[pair]), scale[pair]);
+    }
+
+    // zero becomes -zero, for `exact_weights`.
+    HQQ_INLINE void negate() {
+#pragma unroll
+        for (int pair = 0; pair < 8; ++pair) zero[pair] = hneg2<T>(zero[pair]);
     }
 
     // Times 2^exponent, from -24 on: exactly what scales were before they were multiplied by 2^-exponent. fp16 only.
@@ -212,7 +229,8 @@ struct Scales<T, 0, GROUP> {
     }
 };
 
-// The operand a of instruction STEP: code * scale - zero * scale, the product with zero rounded first (see fold).
+// The operand a of instruction STEP times 2^EXPONENT: code * scale - zero * scale, the product with zero rounded first (see
+// fold).
 template <class T, int BITS, int STEP, int PAIR = 0, class S>
 HQQ_INLINE void weights(uint32_t (&a)[4], const uint32_t (&word)[BITS], const S& scales) {
     if constexpr (PAIR < 4) {
@@ -222,12 +240,12 @@ HQQ_INLINE void weights(uint32_t (&a)[4], const uint32_t (&word)[BITS], const S&
     }
 }
 
-// The same rounded as the reference does: the difference, then the product.
+// The operand itself, rounded as the reference does: the difference, then the product (see negate).
 template <class T, int BITS, int STEP, int PAIR = 0, class S>
 HQQ_INLINE void exact_weights(uint32_t (&a)[4], const uint32_t (&word)[BITS], const S& scales) {
     if constexpr (PAIR < 4) {
         const uint32_t scale = scales.template scale_of<STEP, PAIR>(), zero = scales.template zero_of<STEP, PAIR>();
-        a[PAIR] = hmul2<T>(hsub2<T>(code_pair<T, BITS, STEP, PAIR>(word), zero), scale);
+        a[PAIR] = hmul2<T>(hfma2<T>(code_pair<T, BITS, STEP, PAIR>(word), Number<T>::ONE, zero), scale);
         exact_weights<T, BITS, STEP, PAIR + 1>(a, word, scales);
     }
 }

@@ -107,7 +107,7 @@ struct Rows {
     HQQ_INLINE Rows(const Output& out, int order, int lane) {
         const int* row = out.rows + 4 * row_tile(order, out.tiles);
         base = row[0], stride = row[1], count = order < out.tiles ? row[2] : 0;
-        factor = __int_as_float((127 - row[3]) << 23);
+        factor = __int_as_float((127 - row[3] - Number<T>::EXPONENT) << 23);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int i = lane / 4 + 8 * half;
@@ -294,10 +294,13 @@ HQQ_INLINE void collect(float (&sum)[BLOCKS][SUMS], float* partial, const int* f
 // groups are under way: fewer than would reach back to the registers that are written.
 constexpr int RUNNING = 4 / STEPS - (STEPS < 4);
 
+// Descriptors of x differ in their low word only, which has the address in units of 16 bytes.
+HQQ_INLINE uint64_t descriptor_of(uint32_t low) { return (wgmma_descriptor(0) & ~uint64_t(0xffffffffu)) | low; }
+
 struct Multiplier {
     Ring<STAGES> x;
     Ring<DEPTH> codes;
-    uint32_t x_at;
+    uint32_t x_low;  // of the descriptor of the first slot
     const unsigned char* codes_at;
     int lane, unreleased;
     uint32_t a[2][STEPS_OF_BLOCK][4], word[BITS];
@@ -306,7 +309,7 @@ struct Multiplier {
     HQQ_INLINE Multiplier(unsigned char* shared, int warp, int l)
         : x(smem_u32(shared) + BARRIERS_AT),
           codes(smem_u32(shared) + BARRIERS_AT + 16 * STAGES),
-          x_at(smem_u32(shared)),
+          x_low(static_cast<uint32_t>(wgmma_descriptor(smem_u32(shared)))),
           codes_at(shared + CODES_AT + warp * TILE_BYTES),
           lane(l),
           unreleased(-1) {}
@@ -351,13 +354,13 @@ struct Multiplier {
     }
 
     template <int PAIR, int STEP = 0>
-    HQQ_INLINE void steps(float (&sum)[SUMS], uint64_t columns) {
+    HQQ_INLINE void steps(float (&sum)[SUMS], uint32_t columns) {
         if constexpr (STEP < STEPS_OF_BLOCK) {
             wgmma_fence();
 #pragma unroll
             for (int s = STEP; s < STEP + STEPS; ++s) {
                 const uint32_t(&now)[4] = a[PAIR % 2][s];
-                wgmma<T, TOKENS>(sum, now[0], now[1], now[2], now[3], columns + 2 * s);
+                wgmma<T, TOKENS>(sum, now[0], now[1], now[2], now[3], descriptor_of(columns + 2 * s));
             }
             wgmma_commit();
             wgmma_wait<RUNNING>();
@@ -366,9 +369,12 @@ struct Multiplier {
         }
     }
 
+    // Of x of pair PAIR. The shuffle tells the compiler that it is the same in all lanes: then it stays where
+    // instructions read descriptors, and so does what is added to it.
     template <int PAIR>
-    HQQ_INLINE uint64_t columns() const {
-        return wgmma_descriptor(x_at + x.slot * STAGE_BYTES + PAIR / BLOCKS % JOINT * BLOCK_BYTES);
+    HQQ_INLINE uint32_t columns() const {
+        const uint32_t stage = __shfl_sync(0xffffffffu, x_low + x.slot * (STAGE_BYTES / 16), 0);
+        return stage + PAIR / BLOCKS % JOINT * (BLOCK_BYTES / 16);
     }
 
     HQQ_INLINE void next_x() {
@@ -388,8 +394,9 @@ struct Multiplier {
                 if (more) codes.wait_full();
                 read<0>(first + SPAN);  // what nobody uses, if there is no more
             }
+            const uint32_t x_columns = columns<PAIR>();
             if (PAIR % (BLOCKS * JOINT) == 0) x.wait_full();
-            steps<PAIR>(sum[PAIR % BLOCKS], columns<PAIR>());
+            steps<PAIR>(sum[PAIR % BLOCKS], x_columns);
             if (PAIR % (BLOCKS * JOINT) == BLOCKS * JOINT - 1) next_x();
             span<PAIR + 1>(sum, first, more);
         }

@@ -101,6 +101,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         uint32_t word[BITS], row[2][8];
         block_words<BITS>(load[i / OF_CHUNK], i % OF_CHUNK, word);
         scales[i % AHEAD].times_power(-place.w);
+        scales[i % AHEAD].negate();
         dequantise(row, word, scales[i % AHEAD]);
 #pragma unroll
         for (int half = 0; half < 2; ++half)

@@ -85,6 +85,9 @@ extern "C" __global__ void arithmetic(uint32_t* out, const uint32_t* a, const ui
     put(__funnelshift_r(a[i], b[i], c[i] & 31));
     put(__popc(a[i]));
     put(__clz(a[i]));
+    put(hneg2<TYPE>(a[i]));
+    put(low_twice(a[i]));
+    put(high_twice(a[i]));
 }
 
 // Rows of `out`, 64 threads: what the lanes of both warps get from each other.
