@@ -227,7 +227,8 @@ def test_training_changes_the_adapter_and_not_the_codes(lora_type: str, rng: tor
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
+    # 0.66 and, with the grouped projection, 0.80 of it on average; a standard deviation is 0.016 (150 seeds).
+    assert losses[-1] < 0.95 * losses[0]
     after = layer.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in state.items())
 
@@ -272,11 +273,25 @@ def test_state_dict_copies_and_casts_follow_the_module_protocol(lora_type: str, 
     other.load_state_dict(adapter.state_dict())
     for twin in (other, copy.deepcopy(adapter), pickle.loads(pickle.dumps(adapter))):
         assert torch.equal(twin(x), y)
+    before = {name: p.detach().clone() for name, p in adapter.named_parameters(recurse=False)}
     adapter.to(torch.bfloat16)
     assert adapter.compute_dtype is torch.bfloat16
-    # bfloat16 weights, inputs and products: K terms of relative error eps each, of values up to about 4.
-    bound = 4 * K**0.5 * torch.finfo(torch.bfloat16).eps * y.abs().max().item()
-    torch.testing.assert_close(adapter(x.bfloat16()).float(), y, rtol=0, atol=bound)
+    for name, parameter in adapter.named_parameters(recurse=False):
+        assert torch.equal(parameter, before[name].bfloat16())
+    x = x.bfloat16()
+    exact = x.double() @ adapter.effective_weight().double().T + adapter.bias.double()
+    # At most eight roundings to bfloat16 from parameters to output, and as many to a weight built from them: products,
+    # scaling, sums and the results of them. Each is relative to what adds up in it.
+    allowed = 8 * torch.finfo(torch.bfloat16).eps / 2 * reach(adapter, x)
+    assert bool(((adapter(x).double() - exact).abs() <= allowed).all())
+
+
+def reach(adapter: LinearAdapter, x: Tensor) -> Tensor:
+    """What the output for `x` would be if nothing in it cancelled: sums of magnitudes, through adapter and weight."""
+    p = {name: value.detach().double().abs() for name, value in adapter.named_parameters(recurse=False)}
+    W = adapter.base_weight().double().abs()
+    parts = blockwise(p["proj"], W) if "proj" in p else W + adapter.scaling * (p["lora_A"] @ p["lora_B"]).T
+    return x.double().abs() @ (parts + adapter.effective_weight().double().abs()).T + p["bias"]
 
 
 def test_cast_leaves_the_layer_alone(rng: torch.Generator) -> None:

@@ -31,9 +31,10 @@ def test_codes_and_errors(
     expected = [torch.empty_like(columns) for _ in range(2)]
     monkeypatch.setattr(feedback_round, "_MODULES", {})
     feedback_round.round_columns(columns.clone(), U, scale, zero, 15, *expected)
-    # A value next to a boundary may fall on either side, and takes the rest of its row with it.
+    # A value next to a boundary may fall on either side, and takes the rest of its row with it. Float32 and float64
+    # part in 6 of 200000 rows of 64 (the reference on both): three rows of 96 do once in 10^8 runs.
     alike = (found[0] == expected[0]).all(0)
-    assert alike.double().mean() > 0.9
+    assert int((~alike).sum()) <= max(2, N / 10)
     # Sums of up to 64 terms below 1 in float32, each error a difference of numbers up to 8.
     torch.testing.assert_close(found[1][:, alike], expected[1][:, alike], rtol=1e-4, atol=64 * 2.0**-20)
     assert not bool(torch.isnan(found[0]).any() | torch.isnan(found[1]).any())
