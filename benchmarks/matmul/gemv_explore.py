@@ -21,7 +21,7 @@ from benchmarks.matmul.gemm_explore import Case, oracle, random_qtensor
 from hqq.kernels import TiledWeight
 from hqq.kernels.tiled_device import multiprocessors
 from hqq.kernels.tiled_gemv import kernel, launch_gemv
-from hqq.kernels.tiled_gemv_config import GemvConfig, GemvWork, candidates, columns
+from hqq.kernels.tiled_gemv_config import GemvConfig, GemvWork, candidates
 from hqq.kernels.tiled_tune import random_weight
 
 _COMPILERS = 8
@@ -57,7 +57,7 @@ def explore(case: Case, ceiling: float) -> Iterator[dict[str, Any]]:
     """Yield error, time and resources of every configuration that is worth trying."""
     work = work_of(case)
     configs = candidates(work, multiprocessors(0))
-    variants = [compiled(work, config) for config in configs]
+    variants = [kernel(work, config) for config in configs]
     with ThreadPoolExecutor(_COMPILERS) as pool:
         list(pool.map(lambda variant: variant.prepare(0), variants))
     q = random_qtensor(case)
@@ -87,12 +87,6 @@ def explore(case: Case, ceiling: float) -> Iterator[dict[str, Any]]:
             "registers": variant.resources(0).registers,
             "spilled_bytes": variant.resources(0).local_bytes,
         }
-
-
-def compiled(work: GemvWork, config: GemvConfig) -> Any:
-    """Return the kernel of a configuration."""
-    group = 0 if work.axis == 0 or work.group_size == work.K else work.group_size
-    return kernel(work.dtype, work.bits, work.axis, group, columns(work.tokens), config._replace(per_sm=0))
 
 
 def main() -> None:

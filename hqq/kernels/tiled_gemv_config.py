@@ -36,7 +36,7 @@ class GemvConfig(NamedTuple):
 
 
 class GemvWork(NamedTuple):
-    """What a launch computes, as far as its configuration depends on it."""
+    """What a launch computes, as far as its configuration depends on it; see `launch_gemv` for the last two."""
 
     dtype: torch.dtype
     bits: int
@@ -45,6 +45,8 @@ class GemvWork(NamedTuple):
     N: int
     K: int
     tokens: int
+    normed: bool = False
+    gated: bool = False
 
 
 def columns(tokens: int) -> int:
@@ -78,6 +80,8 @@ def choose_gemv(work: GemvWork, multiprocessors: int) -> GemvConfig:
         tiles, blocks, per_sm = (1, 8, 3)
     else:
         tiles, blocks, per_sm = (2, 8, 2)
+    if work.gated:
+        tiles = 2  # one of the gate, one of what it is for
     return _fitted(work, tiles, blocks, per_sm, _MOST_WARPS if per_sm == 1 else _MOST_WARPS // 2)
 
 
@@ -88,7 +92,8 @@ def candidates(work: GemvWork, multiprocessors: int) -> list[GemvConfig]:
         config = _fitted(work, tiles, blocks, per_sm, most_warps)
         for resident in (config.resident, min(config.per_sm + 1, _MOST_RESIDENT)):
             config = config._replace(resident=resident)
-            if config not in found and registers(work, config) <= available_registers(config):
+            possible = config.tiles == 2 or not work.gated
+            if possible and config not in found and registers(work, config) <= available_registers(config):
                 found.append(config)
     return found
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from hqq.errors import ConfigError
 from hqq.kernels import tiled_gemv
 from hqq.kernels.tiled_gemv_config import GemvConfig, GemvWork, candidates, choose_gemv
 from hqq.kernels.tiled_weight import TiledWeight
@@ -153,6 +154,57 @@ def test_what_is_not_finite_spoils_its_token_only(axis: int, bad: float) -> None
     tiled_gemv.launch_gemv(work, config, x, weight.codes, weight.meta, weight.rows, None, out)
     assert out[0].isfinite().all()
     assert not out[1].isfinite().any()
+
+
+@pytest.mark.parametrize("M", [1, 2, 5, 16])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_norm_and_residual(axis: int, M: int) -> None:
+    """An RMS norm in front of the product and a sum behind it; three sweeps over the inputs."""
+    q = random_qtensor(4, 96, 640, axis, 32, torch.bfloat16)
+    weight = TiledWeight.from_qtensor(q, torch.bfloat16)
+    x, residual = (3 * torch.randn(M, n).bfloat16() for n in (640, 96))
+    bias, by = torch.randn(96).bfloat16(), torch.randn(640).bfloat16()
+    out = torch.full((M, 96), float("nan"), dtype=torch.bfloat16)
+    work = GemvWork(torch.bfloat16, 4, axis, 32, 96, 640, M, normed=True)
+    config = GemvConfig(tiles=1, warps=2, blocks=2, per_sm=1, resident=1)
+    tensors = weight.codes, weight.meta, weight.rows, bias
+    tiled_gemv.launch_gemv(work, config, x, *tensors, out, tiled_gemv.Norm(by, 0.5), residual)
+    normed = by.double() * x.double() * (x.double().square().mean(-1, keepdim=True) + 0.5).rsqrt()
+    product = normed @ exact(q).T
+    error = (out.double() - (product + bias.double() + residual.double())).norm()
+    assert error <= LIMIT[torch.bfloat16] * (product.norm() + residual.double().norm())
+
+
+@pytest.mark.parametrize("N", [96, 72])
+@pytest.mark.parametrize(("M", "normed"), [(1, True), (3, False)])
+def test_gate(M: int, normed: bool, N: int) -> None:
+    parts = [random_qtensor(2, N, 256, 1, 64, torch.float16) for _ in range(2)]
+    weight = TiledWeight.cat([TiledWeight.from_qtensor(q, torch.float16) for q in parts])
+    x, by, bias = torch.randn(M, 256).half(), torch.rand(256).half(), torch.randn(2 * N).half()
+    guarded = torch.full((M + 2, N), float("nan"), dtype=torch.float16)
+    work = GemvWork(torch.float16, 2, 1, 64, 2 * N, 256, M, normed=normed, gated=True)
+    config = GemvConfig(tiles=2, warps=1, blocks=4, per_sm=1, resident=1)
+    tensors = weight.codes, weight.meta, weight.rows, bias
+    norm = tiled_gemv.Norm(by, 1e-6) if normed else None
+    tiled_gemv.launch_gemv(work, config, x, *tensors, guarded[1:-1], norm)
+    assert guarded[0].isnan().all()
+    assert guarded[-1].isnan().all()
+    v = x.double()
+    if normed:
+        v = by.double() * v * (v.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    gate, other = (v @ exact(q).T + b.double() for q, b in zip(parts, bias.split(N), strict=True))
+    expected = torch.nn.functional.silu(gate) * other
+    assert float((guarded[1:-1].double() - expected).norm() / expected.norm()) <= LIMIT[torch.float16]
+
+
+def test_a_gate_that_cannot_be() -> None:
+    work = GemvWork(torch.float16, 4, 1, 64, 64, 256, 1, gated=True)
+    config = GemvConfig(tiles=1, warps=1, blocks=4, per_sm=1, resident=1)
+    weight = TiledWeight.from_qtensor(random_qtensor(4, 64, 256, 1, 64, torch.float16), torch.float16)
+    x, out = torch.randn(1, 256).half(), torch.empty(1, 32).half()
+    for wrong, its_config in ((work, config), (work._replace(axis=0), config._replace(tiles=2))):
+        with pytest.raises(ConfigError, match="a gate takes axis=1"):
+            tiled_gemv.launch_gemv(wrong, its_config, x, weight.codes, weight.meta, weight.rows, None, out)
 
 
 def test_configurations_are_possible() -> None:

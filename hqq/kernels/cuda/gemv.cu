@@ -17,9 +17,14 @@
 // axis=0: a row tile has scale[k] and zero[k] in common, so scale x is what is split: y += unit * sum(q n), and
 // sum(zero scale x) is subtracted once for all its rows.
 //
+// What a transformer does around its products costs little here and a kernel each elsewhere:
+// NORMED: x is norm * x / sqrt(mean(x^2) + eps); the root is taken out of the sums.
+// GATED: the weight's tiles are those of a gate and, behind them, of as many outputs again; y is silu(gate) * other, [M, N / 2].
+// A residual [M, N] is added to y if there is one.
+//
 // Compile-time: ELEMENT (F16, BF16), CODE_BITS, AXIS, GROUP (axis=1: weights in a group; 0: the row), TOKENS (1, 2, 4, 8,
-// 16), TILES (row tiles at a time), WARPS (of a block), BLOCKS (of 64 inputs that a warp has at a time), RESIDENT (blocks
-// that should fit a multiprocessor).
+// 16), TILES (row tiles at a time; GATED: 2), WARPS (of a block), BLOCKS (of 64 inputs that a warp has at a time), RESIDENT
+// (blocks that should fit a multiprocessor), NORMED, GATED (0 or 1; GATED for axis=1 only).
 #include "byte_codes.cuh"
 #include "fixed_point.cuh"
 
@@ -42,6 +47,12 @@ static constexpr int CHUNKS = BLOCKS / Chunk<BITS>::blocks;
 static constexpr int LOADS = Chunk<BITS>::loads;
 static constexpr int ROWS = 16 * TILES;
 static constexpr int ROW_SUMS = 4 * COLUMN_SETS;  // one for each slot and token
+static_assert(!GATED || (TILES == 2 && AXIS == 1), "a gate and what it is for share inputs that are split once");
+// axis=0: scale x is split anew for each row tile, from x that is kept where it is little.
+static constexpr bool KEEPS_X = COLUMN_SETS * HELD <= 2;
+// Sums of a row group: [WARPS][ROWS + EXTRA][ROW_SUMS]; the extra row of axis=0 has sum(zero scale x).
+static constexpr int EXTRA = AXIS == 0 ? 1 : 0;
+static constexpr int WARP_SUMS = (ROWS + EXTRA) * ROW_SUMS;
 
 struct Arguments {
     const unsigned char* x;
@@ -49,6 +60,8 @@ struct Arguments {
     const unsigned char* meta;
     const int4* rows;
     const unsigned char* bias;
+    const unsigned char* norm;      // NORMED: weights [K] of the norm
+    const unsigned char* residual;  // [M, N], or none
     unsigned char* y;
     int M, N, K;
     int tiles;      // row tiles
@@ -56,6 +69,27 @@ struct Arguments {
     int groups;     // axis=1: groups of a row, padding included; axis=0: row tiles that share a scale
     int sweeps;     // times that the warps of a block, one slice each, go over the inputs
     int batch;      // row groups (TILES tiles) whose sums shared memory holds
+    float eps;
+
+    HQQ_INLINE int row_groups() const { return GATED ? tiles / 2 : (tiles + TILES - 1) / TILES; }
+    HQQ_INLINE int first_tile(int group) const { return GATED ? group : group * TILES; }
+    // The i-th tile of the group that begins at `first`; some other tile past the last one.
+    HQQ_INLINE int tile(int first, int i) const { return min(first + (GATED ? i * (tiles / 2) : i), tiles - 1); }
+};
+
+// The block's shared memory.
+struct Shared {
+    float* sums;              // [batch][WARPS][ROWS + EXTRA][ROW_SUMS]
+    float2* x_sums;           // axis=1: unit and unit * sum(n) of x in each slot and token: [WARPS][SETS][ROW_SUMS]
+    unsigned char* row_meta;  // axis=0: scales and zeros of a row tile, [WARPS][BLOCKS][2][64] in the dtype
+    float* squares;           // NORMED: sums of x^2, [WARPS][TOKENS]
+
+    HQQ_INLINE Shared(unsigned char* memory, int batch) {
+        sums = reinterpret_cast<float*>(memory);
+        row_meta = memory + batch * WARPS * WARP_SUMS * 4;
+        x_sums = reinterpret_cast<float2*>(row_meta);
+        squares = reinterpret_cast<float*>(row_meta + WARPS * (AXIS == 1 ? SETS * ROW_SUMS * 8 : BLOCKS * 256));
+    }
 };
 
 struct Position {
@@ -84,17 +118,28 @@ HQQ_INLINE const unsigned char* meta_of_slot(const Arguments& p, const Lane& lan
     return p.meta + group * 64 + lane.g * 8;
 }
 
-// The lane's sixteen inputs of its column, in column set `columns` and held block `held` of the slice that begins at
-// `block0`; zero beyond M and K and in the parts of other slots.
-HQQ_INLINE void load_x(uint4 (&x)[2], const Arguments& p, const Lane& lane, int columns, int held, int block0) {
-    const int token = COLUMN_TOKENS * columns + lane.token;
-    const int block = held * SET_BLOCKS + (PASSES > 1 ? 0 : lane.slot / PARTS);
-    const int k = 64 * (block0 + block) + 16 * lane.c;
-    const bool my_part = PASSES > 1 || lane.c * PARTS / 4 == lane.slot % PARTS;
-    const bool there = my_part && token < p.M && k < p.K && block < BLOCKS;
-    const unsigned char* from = p.x + (int64_t(token) * p.K + k) * 2;
+// Where the lane's sixteen inputs of its column are, in column set `columns` and held block `held` of the slice that begins at
+// `block0`: nowhere (so they are zero) beyond M and K and in the parts of other slots.
+struct InputPlace {
+    int token, k;
+    bool there;
+
+    HQQ_INLINE InputPlace(const Arguments& p, const Lane& lane, int columns, int held, int block0) {
+        const int block = held * SET_BLOCKS + (PASSES > 1 ? 0 : lane.slot / PARTS);
+        const bool my_part = PASSES > 1 || lane.c * PARTS / 4 == lane.slot % PARTS;
+        token = COLUMN_TOKENS * columns + lane.token;
+        k = 64 * (block0 + block) + 16 * lane.c;
+        there = my_part && token < p.M && k < p.K && block < BLOCKS;
+    }
+};
+
+HQQ_INLINE void load_sixteen(uint4 (&pairs)[2], const unsigned char* from, bool there) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) x[i] = there ? ldg128(from + 16 * i) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < 2; ++i) pairs[i] = there ? ldg128(from + 16 * i) : make_uint4(0, 0, 0, 0);
+}
+
+HQQ_INLINE void load_x(uint4 (&pairs)[2], const Arguments& p, const InputPlace& at) {
+    load_sixteen(pairs, p.x + (int64_t(at.token) * p.K + at.k) * 2, at.there);
 }
 
 HQQ_INLINE void as_floats(float (&values)[16], const uint4 (&pairs)[2]) {
@@ -106,6 +151,35 @@ HQQ_INLINE void as_floats(float (&values)[16], const uint4 (&pairs)[2]) {
             values[8 * i + 2 * j] = low_float<T>(word[j]);
             values[8 * i + 2 * j + 1] = high_float<T>(word[j]);
         }
+    }
+}
+
+// NORMED: values times the norm's weights; returns the sum of the values' squares.
+HQQ_INLINE float apply_norm(float (&values)[16], const Arguments& p, const InputPlace& at) {
+    uint4 pairs[2];
+    float weight[16], square = 0.0f;
+    load_sixteen(pairs, p.norm + at.k * 2, at.there);
+    as_floats(weight, pairs);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        square = fmaf(values[i], values[i], square);
+        values[i] *= weight[i];
+    }
+    return square;
+}
+
+// Adds up what lanes hold for the same token, and keeps it for this warp; a later sweep adds to it.
+HQQ_INLINE void put_squares(float* mine, const Lane& lane, const float (&squares)[COLUMN_SETS], bool first) {
+#pragma unroll
+    for (int columns = 0; columns < COLUMN_SETS; ++columns) {
+        float sum = squares[columns];
+        sum += __shfl_xor_sync(FULL_WARP, sum, 1);
+        sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+#pragma unroll
+        for (int distance = 8 * COLUMN_TOKENS; distance < 32; distance *= 2)
+            sum += __shfl_xor_sync(FULL_WARP, sum, distance);
+        float* to = mine + COLUMN_TOKENS * columns + lane.token;
+        if (lane.c == 0 && lane.piece == 0 && lane.slot == 0) *to = first ? sum : *to + sum;
     }
 }
 
@@ -141,28 +215,73 @@ HQQ_INLINE float unit_of_sums(float unit, int upper) {
     return unit * (upper ? 1.0f / C::upper_factor : 1.0f / C::lower_factor);
 }
 
+// The sum over warps and slots of row `row` of a row group for one token.
+HQQ_INLINE float row_sum(const float* group_sums, int row, int token) {
+    const auto of_slots = [&](const float* sums) {
+        const float4 four = *reinterpret_cast<const float4*>(sums + token / 4 * 4);
+        const float pairs[4] = {four.x, four.y, four.z, four.w};
+        if constexpr (COLUMN_TOKENS == 1) return (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]);
+        if constexpr (COLUMN_TOKENS == 2) return token == 0 ? pairs[0] + pairs[2] : pairs[1] + pairs[3];
+        const float first = token % 2 == 0 ? pairs[0] : pairs[1], second = token % 2 == 0 ? pairs[2] : pairs[3];
+        return token % 4 < 2 ? first : second;
+    };
+    float sum = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp) {
+        sum += of_slots(group_sums + warp * WARP_SUMS + row * ROW_SUMS);
+        if constexpr (AXIS == 0) sum -= of_slots(group_sums + warp * WARP_SUMS + ROWS * ROW_SUMS);
+    }
+    return sum;
+}
+
+// Writes the results of `count` row groups whose sums are complete, every `step`-th from `group0` on.
+HQQ_INLINE void write_results(const Arguments& p, const Shared& shared, int group0, int step, int count) {
+    constexpr int OUTPUTS = GATED ? ROWS / 2 : ROWS;
+    const int tokens = TOKENS == 1 ? 1 : p.M, N = GATED ? p.N / 2 : p.N;
+    for (int i = threadIdx.x; i < count * OUTPUTS * tokens; i += WARPS * 32) {
+        const int row = i % OUTPUTS, token = i / OUTPUTS % tokens, group = i / (OUTPUTS * tokens);
+        const int first_tile = p.first_tile(group0 + group * step), tile = first_tile + row / 16;
+        if (tile >= p.tiles) continue;
+        const int4 place = p.rows[tile];
+        if (row % 16 >= place.z) continue;
+        const int64_t feature = place.x + int64_t(place.y) * (row % 16);
+        float by_norm = 1.0f;
+        if constexpr (NORMED) {
+            float square = 0.0f;
+#pragma unroll
+            for (int warp = 0; warp < WARPS; ++warp) square += shared.squares[warp * TOKENS + token];
+            by_norm = rsqrtf(square / static_cast<float>(p.K) + p.eps);
+        }
+        const float* group_sums = shared.sums + group * WARPS * WARP_SUMS;
+        const auto output = [&](int its_row, int64_t its_feature) {
+            float sum = row_sum(group_sums, its_row, token);
+            if constexpr (AXIS == 0) sum = ldexpf(sum, -place.w);
+            if constexpr (NORMED) sum *= by_norm;
+            return p.bias ? sum + low_float<T>(ldg16(p.bias + its_feature * 2)) : sum;
+        };
+        float value = output(row, feature);
+        if constexpr (GATED) value = value / (1.0f + __expf(-value)) * output(row + 16, feature + N);
+        const int64_t at = int64_t(token) * N + feature;
+        if (p.residual) value += low_float<T>(ldg16(p.residual + at * 2));
+        *reinterpret_cast<unsigned short*>(p.y + at * 2) = static_cast<unsigned short>(pack2<T>(value, 0.0f));
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
 gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* meta, const int4* rows,
-     const unsigned char* bias, unsigned char* y, int M, int N, int K, int tiles, int blocks, int groups, int sweeps,
-     int batch) {
-    const Arguments p = {x_, codes, meta, rows, bias, y, M, N, K, tiles, blocks, groups, sweeps, batch};
-    HQQ_DYNAMIC_SHARED(shared);
+     const unsigned char* bias, const unsigned char* norm, const unsigned char* residual, unsigned char* y, int M, int N, int K,
+     int tiles, int blocks, int groups, int sweeps, int batch, float eps) {
+    const Arguments p = {x_, codes, meta, rows, bias, norm, residual, y, M, N, K, tiles, blocks, groups, sweeps, batch, eps};
+    HQQ_DYNAMIC_SHARED(memory);
+    const Shared shared(memory, p.batch);
     const Lane lane = this_lane();
     const int warp = threadIdx.x / 32;
-    // Sums: [row groups of a batch][warps][ROWS + EXTRA][ROW_SUMS]; then, axis=1, unit and unit * sum(n) of x in each slot
-    // and token: [warps][SETS][ROW_SUMS]. axis=0: the extra row has sum(zero scale x); then scales and zeros of a row tile:
-    // [warps][BLOCKS][2][64] in the dtype.
-    constexpr int EXTRA = AXIS == 0 ? 1 : 0;
-    constexpr int PARTIAL = (ROWS + EXTRA) * ROW_SUMS;
-    float* partial = reinterpret_cast<float*>(shared);
-    float* const after_sums = partial + p.batch * WARPS * PARTIAL;
-    float2* x_sums = reinterpret_cast<float2*>(after_sums) + warp * SETS * ROW_SUMS;
-    unsigned char* row_meta = reinterpret_cast<unsigned char*>(after_sums) + warp * BLOCKS * 256;
+    float2* x_sums = shared.x_sums + warp * SETS * ROW_SUMS;
+    unsigned char* row_meta = shared.row_meta + warp * BLOCKS * 256;
 
-    const int row_groups = (p.tiles + TILES - 1) / TILES;
-    const int mine = (row_groups - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
+    const int mine = (p.row_groups() - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
     const auto first_block = [&](int sweep) { return (sweep * WARPS + warp) * BLOCKS; };
-    const auto first_tile = [&](int group) { return (int(blockIdx.x) + group * int(gridDim.x)) * TILES; };
+    const auto first_tile = [&](int group) { return p.first_tile(int(blockIdx.x) + group * int(gridDim.x)); };
     const auto batch_end = [&](int b) { return min(b + p.batch, mine); };
 
     // Codes and scales of one slice of TILES row tiles; any codes past the last input, where x is zero, and another tile's past
@@ -188,7 +307,7 @@ gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* m
         // Opaque, or the compiler adds up each chunk's address from its parts anew.
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile)
-            tile_from[tile] = opaque(codes_from + int64_t(min(tile0 + tile, p.tiles - 1)) * tile_bytes);
+            tile_from[tile] = opaque(codes_from + int64_t(p.tile(tile0, tile)) * tile_bytes);
     };
     const auto fetch = [&](int chunk, int chunks) {
 #pragma unroll
@@ -204,7 +323,7 @@ gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* m
                 const unsigned char* from = FEW_SETS ? meta_from[set] : meta_of_slot(p, lane, from_block, set);
 #pragma unroll
                 for (int tile = 0; tile < TILES; ++tile)
-                    scales[tile][set] = ldg64(from + int64_t(min(tile0 + tile, p.tiles - 1)) * (p.groups * 64));
+                    scales[tile][set] = ldg64(from + int64_t(p.tile(tile0, tile)) * (p.groups * 64));
             }
         } else {
             const unsigned char* from = p.meta + int64_t(tile0 / p.groups) * p.blocks * 256;
@@ -226,8 +345,7 @@ gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* m
     pdl_wait();
 
     uint32_t x[COLUMN_SETS][HELD][4];  // axis=0: scale x of this row tile
-    // axis=0: x itself, kept where it is little, and the unit of the slot and token whose sums the lane holds.
-    constexpr bool KEEPS_X = COLUMN_SETS * HELD <= 2;
+    // axis=0: x itself, and the unit of the slot and token whose sums the lane holds.
     uint4 unscaled[COLUMN_SETS][HELD][2];
     float units[COLUMN_SETS][HELD];
     Position at = {0, 0, 0};
@@ -247,16 +365,19 @@ gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* m
         aim_at_tiles(next_tile0);
         const int next_chunks = more ? chunks_left : 0;
 
+        float squares[COLUMN_SETS] = {};
         if (AXIS == 1 && new_slice) {
             __syncwarp();
 #pragma unroll
             for (int columns = 0; columns < COLUMN_SETS; ++columns)
 #pragma unroll
                 for (int held = 0; held < HELD; ++held) {
+                    const InputPlace place(p, lane, columns, held, block0);
                     uint4 pairs[2];
-                    load_x(pairs, p, lane, columns, held, block0);
+                    load_x(pairs, p, place);
                     float values[16];
                     as_floats(values, pairs);
+                    if constexpr (NORMED) squares[columns] += apply_norm(values, p, place);
                     uint32_t(&n)[4] = x[columns][held];
                     float unit = to_fixed_point<C>(values, lane.piece, n);
                     unit = __shfl_sync(FULL_WARP, unit, 8 * lane.c);
@@ -290,9 +411,11 @@ gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* m
                 as_floats(zero, zero_pairs);
 #pragma unroll
                 for (int columns = 0; columns < COLUMN_SETS; ++columns) {
-                    if (!KEEPS_X || new_slice) load_x(unscaled[columns][held], p, lane, columns, held, block0);
+                    const InputPlace place(p, lane, columns, held, block0);
+                    if (!KEEPS_X || new_slice) load_x(unscaled[columns][held], p, place);
                     float values[16];
                     as_floats(values, unscaled[columns][held]);
+                    if constexpr (NORMED) squares[columns] += apply_norm(values, p, place);
 #pragma unroll
                     for (int i = 0; i < 16; ++i) {
                         values[i] *= scale[i];
@@ -305,6 +428,8 @@ gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* m
             __syncwarp();
             if (more) fetch_meta(next_tile0);
         }
+
+        if (NORMED && new_slice) put_squares(shared.squares + warp * TOKENS, lane, squares, at.sweep == 0);
 
         float out[TILES][COLUMN_SETS][2] = {};
         int acc[TILES][COLUMN_SETS][4] = {};
@@ -352,7 +477,7 @@ gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* m
         if (AXIS == 1 && more) fetch_meta(next_tile0);
 
         // This warp's sums, to shared memory; a later sweep adds to what the same lane wrote.
-        float* sums = partial + ((at.group - at.batch) * WARPS + warp) * PARTIAL;
+        float* sums = shared.sums + ((at.group - at.batch) * WARPS + warp) * WARP_SUMS;
         const auto put = [&](int row, int columns, int pair, float value) {
             float* to = sums + row * ROW_SUMS + 4 * columns + pair;
             *to = at.sweep == 0 ? value : *to + value;
@@ -374,35 +499,8 @@ gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* m
 
         if (next.batch != at.batch) {
             __syncthreads();
-            const int count = batch_end(at.batch) - at.batch, tokens = TOKENS == 1 ? 1 : p.M;
-            for (int i = threadIdx.x; i < count * ROWS * tokens; i += WARPS * 32) {
-                const int row = i % ROWS, token = i / ROWS % tokens, group = i / (ROWS * tokens);
-                const int tile = first_tile(at.batch + group) + row / 16;
-                if (tile >= p.tiles) continue;
-                const int4 place = p.rows[tile];
-                if (row % 16 >= place.z) continue;
-                const float* from = partial + group * WARPS * PARTIAL + token / 4 * 4;
-                float sum = 0.0f;
-#pragma unroll
-                for (int w = 0; w < WARPS; ++w) {
-                    const auto sum_of_slots = [&](int r) {
-                        const float4 four = *reinterpret_cast<const float4*>(from + (w * (ROWS + EXTRA) + r) * ROW_SUMS);
-                        const float pairs[4] = {four.x, four.y, four.z, four.w};
-                        if constexpr (COLUMN_TOKENS == 1) return (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]);
-                        if constexpr (COLUMN_TOKENS == 2) return token == 0 ? pairs[0] + pairs[2] : pairs[1] + pairs[3];
-                        const float first = token % 2 == 0 ? pairs[0] : pairs[1];
-                        const float second = token % 2 == 0 ? pairs[2] : pairs[3];
-                        return token % 4 < 2 ? first : second;
-                    };
-                    sum += sum_of_slots(row);
-                    if constexpr (AXIS == 0) sum -= sum_of_slots(ROWS);
-                }
-                if constexpr (AXIS == 0) sum = ldexpf(sum, -place.w);
-                const int64_t feature = place.x + int64_t(place.y) * (row % 16);
-                if (p.bias) sum += low_float<T>(ldg16(p.bias + feature * 2));
-                *reinterpret_cast<unsigned short*>(p.y + (int64_t(token) * p.N + feature) * 2) =
-                    static_cast<unsigned short>(pack2<T>(sum, 0.0f));
-            }
+            const int group0 = int(blockIdx.x) + at.batch * int(gridDim.x);
+            write_results(p, shared, group0, int(gridDim.x), batch_end(at.batch) - at.batch);
             __syncthreads();
         }
         new_slice = next.sweep != at.sweep || next.batch != at.batch;
