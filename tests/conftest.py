@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 
 import pytest
 import torch
@@ -35,12 +36,13 @@ def seed(request: pytest.FixtureRequest, record_property: pytest.RecordProperty)
 
 
 @pytest.fixture(autouse=True)
-def _torchs_own_generator(seed: int) -> None:
+def _shared_generators(seed: int) -> None:
     """Draws that name no generator, such as the weights of a new layer, repeat with the seed too.
 
     They are not those of `rng`: inputs must not be their layer's own weights.
     """
     torch.manual_seed(seed ^ 0x5DEECE66)
+    random.seed(seed)
 
 
 @pytest.fixture

@@ -42,11 +42,11 @@ def batch(seed: int) -> Tensor:
     return tokens(seed).to(DEVICE)
 
 
-def train(model: nn.Module, ids: Tensor, steps: int = 12) -> list[float]:
+def train(model: nn.Module, ids: Tensor, rate: float = 0.01, steps: int = 12) -> list[float]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trained
     assert all(parameter.is_cuda for parameter in trained)
-    optimizer = torch.optim.Adam(trained, lr=0.01)
+    optimizer = torch.optim.Adam(trained, lr=rate)
     losses = []
     for _ in range(steps):
         loss = model.train()(input_ids=ids, labels=ids).loss
@@ -68,7 +68,7 @@ def test_train_merge_unmerge_unload_save_load(
     before = logits(base, ids)
     torch.manual_seed(seed)
     model = get_peft_model(base, methods.METHODS[method]())
-    losses = train(model, ids)
+    losses = train(model, ids, methods.RATES.get(method, 0.01))
     assert min(losses[6:]) < losses[0]
     for name, layer in methods.quantised_layers(model).items():
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
