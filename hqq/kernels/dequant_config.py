@@ -21,12 +21,19 @@ class Config(NamedTuple):
     `stripe`: groups that are columns are taken in stripes as wide as so many tiles; 0 takes whole rows.
     `burst`, `distance`: every burst-th program asks the L2 cache for the inputs of the `burst` programs that are
     `distance` further on; 0 leaves it to each program to load its own.
-    `streaming`: 1 marks codes and results as not to be kept in the L2 cache.
+    `streaming`: 1 marks codes and results as not to be kept in the L2 cache, and scales and zeros of columns as to be
+    kept; 2 leaves those unmarked.
     `overlap`: programs start before the previous kernel on the stream ends, and wait for that before they read or
     write; 1 lets the next kernel do so from the start, 2 once this one's inputs are asked for. 3 and 4 are like 1 and
     2, and ask the L2 cache for their inputs before they wait.
     `phase`: the programs that ask are not every burst-th one, but the first of every `phase` programs, as many as
     need to (a multiple of `burst`), so that the memory reads for a while and then writes for a while; 0 spreads them.
+    `resident`: so many programs at most share a multiprocessor, so that what is written at a time lies close together;
+    0 lets as many in as fit.
+    `turning`: 1 goes through every other row of blocks backwards where groups are columns: the scales and zeros used
+    last are used first.
+    `outer`: 1 has the first program ask for the scales and zeros of quantised scales and zeros, where programs ask for
+    their inputs before they wait (overlap 3 and 4).
     """
 
     block: int
@@ -38,9 +45,14 @@ class Config(NamedTuple):
     streaming: int = 0
     overlap: int = 1
     phase: int = 0
+    resident: int = 0
+    turning: int = 0
+    outer: int = 0
 
 
-_LIMITS = Config(_LARGEST_BLOCK, 32, _MOST_STEPS, _LARGEST, 1024, _LARGEST, 1, 4, _LARGEST)
+_LIMITS = Config(_LARGEST_BLOCK, 32, _MOST_STEPS, _LARGEST, 1024, _LARGEST, 2, 4, _LARGEST, 32, 1, 1)
+# Programs are kept out by the shared memory that the others reserve. One can have 48 KiB of 228, and needs some itself.
+_LEAST_RESIDENT = 5
 
 
 def check_config(config: Config) -> Config:
@@ -53,6 +65,10 @@ def check_config(config: Config) -> Config:
             raise ConfigError(
                 f"got {name}={value} for the dequantisation kernel; expected {kind} from {least} to {largest}"
             )
+    if 0 < config.resident < _LEAST_RESIDENT:
+        raise ConfigError(
+            f"got resident={config.resident} for the dequantisation kernel; expected 0 or {_LEAST_RESIDENT} at least"
+        )
     if config.burst and config.phase % config.burst:
         raise ConfigError(
             f"got phase={config.phase} with burst={config.burst}; expected a multiple of burst, or 0"

@@ -7,7 +7,6 @@ inputs of many to come at once.
 
 # Written in Triton's language, which is not quite Python: branches on constants choose what is compiled.
 # mypy: ignore-errors
-# ruff: noqa: RET505
 
 from __future__ import annotations
 
@@ -37,14 +36,29 @@ def wait_for_previous():
 
 
 @triton.jit
-def block_of(pid, blocks, row_blocks, stripe, STRIPED: tl.constexpr):
-    """Row and column, in blocks, of program `pid`: row by row, if STRIPED within stripes `stripe` blocks wide."""
+def reserve_shared(pid, RESERVE: tl.constexpr):
+    """Reserve shared memory, with PTX that names its size, so that fewer programs fit on a multiprocessor."""
+    tl.inline_asm_elementwise(RESERVE, "=r,r", [pid], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def block_of(pid, blocks, row_blocks, stripe, STRIPED: tl.constexpr, TURNING: tl.constexpr):
+    """Row and column, in blocks, of program `pid`, and whether the row is gone through backwards.
+
+    Row by row, if STRIPED within stripes `stripe` blocks wide; if TURNING every other row backwards.
+    """
     if STRIPED:
         first = pid // (stripe * row_blocks) * stripe
         within, width = pid - first * row_blocks, tl.minimum(stripe, blocks - first)
-        return within // width, first + within % width
     else:
-        return pid // blocks, pid % blocks
+        first, within, width = 0, pid, blocks
+    row, column = within // width, within % width
+    if TURNING:
+        backwards = row % 2 == 1
+        column = tl.where(backwards, width - 1 - column, column)
+    else:
+        backwards = False
+    return row, first + column, backwards
 
 
 @triton.jit
@@ -58,7 +72,7 @@ def asker_of(pid, BURST: tl.constexpr, PHASE: tl.constexpr):
 def prefetch_codes(W_q, packed_rows, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr):
     """Ask for ROWS packed rows, COLUMNS wide, from `row` on."""
     first = tl.cast(row, tl.int64) * COLUMNS
-    _prefetch(W_q, tl.cast(packed_rows, tl.int64) * COLUMNS, first, ROWS * COLUMNS, LONG, THREADS)
+    _prefetch(W_q, tl.cast(packed_rows, tl.int64) * COLUMNS, first, 0, ROWS * COLUMNS, 1, LONG, THREADS)
 
 
 @triton.jit
@@ -70,14 +84,15 @@ def prefetch_groups(
     row,
     field,
     ROWS: tl.constexpr,
+    FIELDS: tl.constexpr,
     SPLIT: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Ask for scale and zero of `field` in ROWS packed rows from `row` on."""
+    """Ask for scale and zero of FIELDS fields, from `field` on, in ROWS packed rows from `row` on."""
     groups: tl.constexpr = (ROWS + SPLIT - 1) // SPLIT
     group = tl.cast(row, tl.int64) // SPLIT + tl.cast(field, tl.int64) * packed_groups
-    _prefetch(scale, rows // SPLIT, group, groups, SHORT, THREADS)
-    _prefetch(zero, rows // SPLIT, group, groups, SHORT, THREADS)
+    _prefetch(scale, rows // SPLIT, group, packed_groups, groups, FIELDS, SHORT, THREADS)
+    _prefetch(zero, rows // SPLIT, group, packed_groups, groups, FIELDS, SHORT, THREADS)
 
 
 @triton.jit
@@ -95,29 +110,57 @@ def prefetch_columns(
 ):
     """Ask for COLUMNS columns of ROWS packed rows, and with the first row for the columns' scale and zero."""
     row = tl.cast(row, tl.int64)
-    for t in tl.static_range(ROWS):
-        _prefetch(
-            W_q, packed_rows.to(tl.int64) * columns, (row + t) * columns + column, COLUMNS, LONG, THREADS
-        )
+    first = row * columns + column
+    _prefetch(W_q, packed_rows.to(tl.int64) * columns, first, columns, COLUMNS, ROWS, LONG, THREADS)
     if row == 0:
-        _prefetch(scale, columns, column, COLUMNS, LONG, THREADS)
-        _prefetch(zero, columns, column, COLUMNS, LONG, THREADS)
+        _prefetch(scale, columns, column, 0, COLUMNS, 1, LONG, THREADS)
+        _prefetch(zero, columns, column, 0, COLUMNS, 1, LONG, THREADS)
 
 
 @triton.jit
-def _prefetch(tensor, count, first, NUMBER: tl.constexpr, PIECE: tl.constexpr, THREADS: tl.constexpr):
-    """Ask for elements first to first + NUMBER of `tensor` [count] to come to the L2 cache.
+def prefetch_outer(scale, zero, groups, MODE: tl.constexpr, THREADS: tl.constexpr):
+    """Ask for the scales and zeros of a quantised statistic: all `groups` of them, up to THREADS pieces."""
+    if MODE == "one":
+        _prefetch_line(scale)
+        _prefetch_line(zero)
+    elif MODE == "runs" or MODE == "columns":
+        most: tl.constexpr = THREADS * SHORT * 8 // scale.dtype.element_ty.primitive_bitwidth - 1
+        _prefetch(scale, groups, 0, 0, most, 1, SHORT, THREADS)
+        _prefetch(zero, groups, 0, 0, most, 1, SHORT, THREADS)
 
-    In pieces of PIECE bytes at multiples of 16 bytes; those that are not wholly within the tensor are left out.
+
+@triton.jit
+def _prefetch(
+    tensor,
+    count,
+    first,
+    apart,
+    NUMBER: tl.constexpr,
+    STRETCHES: tl.constexpr,
+    PIECE: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Ask for elements of `tensor` [count] to come to the L2 cache: NUMBER from `first` on, and so STRETCHES times.
+
+    `apart`: elements from the start of one stretch to the start of the next. Each is asked for in pieces of PIECE bytes
+    at multiples of 16 bytes; those that are not wholly within the tensor are left out.
     """
-    BITS: tl.constexpr = tensor.dtype.element_ty.primitive_bitwidth
-    BYTES: tl.constexpr = NUMBER * BITS // 8
+    BYTES: tl.constexpr = NUMBER * tensor.dtype.element_ty.primitive_bitwidth // 8
+    PIECES: tl.constexpr = BYTES // PIECE + 1
     first = tl.cast(first, tl.int64)
     begin, end = tensor.to(tl.int64), (tensor + tl.cast(count, tl.int64)).to(tl.int64)
-    start, stop = (tensor + first).to(tl.int64), (tensor + first + NUMBER).to(tl.int64)
-    for chunk in tl.static_range((BYTES // PIECE + THREADS) // THREADS):
-        at = (start & -16) + (chunk * THREADS + tl.arange(0, THREADS)) * PIECE
-        wanted = (at >= begin) & (at < stop) & (at + PIECE <= end)
+    # All stretches at once, a piece for each thread: one after the other would be as many copies of this code.
+    for chunk in tl.static_range((PIECES * STRETCHES + THREADS - 1) // THREADS):
+        piece = chunk * THREADS + tl.arange(0, THREADS)
+        if STRETCHES > 1:
+            in_stretches = piece < PIECES * STRETCHES
+            start = (tensor + (first + (piece // PIECES).to(tl.int64) * apart)).to(tl.int64)
+            piece = piece % PIECES
+        else:
+            in_stretches = True
+            start = (tensor + first).to(tl.int64)
+        at = (start & -16) + piece * PIECE
+        wanted = in_stretches & (at >= begin) & (at < start + BYTES) & (at + PIECE <= end)
         if PIECE == 1024:
             _prefetch_long(at, wanted)
         else:
@@ -142,6 +185,18 @@ def _prefetch_short(at, wanted):
         "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], 128; mov.u32 $0, 0; }",
         "=r,l,r",
         [at, wanted.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _prefetch_line(pointer):
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l",
+        [pointer.to(tl.int64)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,

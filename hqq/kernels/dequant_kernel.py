@@ -9,7 +9,7 @@ memory busy: order, prefetching, and starting before the previous kernel ends.
 
 # Written in Triton's language, which is not quite Python: branches on constants choose what is compiled.
 # mypy: ignore-errors
-# ruff: noqa: C901, RET505
+# ruff: noqa: C901, RET505, SIM102
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from hqq.kernels.dequant_flow import (
     prefetch_codes,
     prefetch_columns,
     prefetch_groups,
+    prefetch_outer,
+    reserve_shared,
     start_next,
     wait_for_previous,
 )
@@ -191,6 +193,9 @@ def dequantize_kernel(
     BURST: tl.constexpr,
     PHASE: tl.constexpr,
     OVERLAP: tl.constexpr,
+    RESERVE: tl.constexpr,
+    TURNING: tl.constexpr,
+    OUTER: tl.constexpr,
     SCALE_MODE: tl.constexpr,
     ZERO_MODE: tl.constexpr,
     SPAN: tl.constexpr,
@@ -211,18 +216,21 @@ def dequantize_kernel(
 ):
     """Dequantise STEPS tiles [TILE_ROWS, TILE_COLUMNS] of packed codes, one below the other.
 
-    stripe (if STRIPED), distance, BURST, PHASE, OVERLAP: see `Config`. WIDE: addresses need 64 bits. STAT: dtype that
+    stripe (if STRIPED), distance, BURST, PHASE, OVERLAP, TURNING, OUTER: see `Config`. RESERVE: None, or PTX that takes
+    shared memory. WIDE: addresses need 64 bits. STAT: dtype that
     quantised scale and zero are dequantised to; SPAN: see `_load_stat`. ASM: PTX for each field, or None for arithmetic
     that Triton writes, with roundings to DIFFERENCE, PRODUCT and OUT; STAT_ASM: the same for scale and zero.
     """
     pid = tl.program_id(0)
+    if RESERVE is not None:
+        reserve_shared(pid, RESERVE)
     if OVERLAP == 1 or OVERLAP == 3:
         start_next()
     if GROUPS == "columns":
         width = tl.cast(columns, tl.int64) if WIDE else columns
         blocks = (columns + TILE_COLUMNS - 1) // TILE_COLUMNS
         row_blocks = (packed_rows + TILE_ROWS * STEPS - 1) // (TILE_ROWS * STEPS)
-        block_row, block_column = block_of(pid, blocks, row_blocks, stripe, STRIPED)
+        block_row, block_column, _ = block_of(pid, blocks, row_blocks, stripe, STRIPED, TURNING)
     else:
         # One tile is as wide as the matrix. As a constant, the width tells the compiler how rows are aligned.
         width: tl.constexpr = TILE_COLUMNS
@@ -232,7 +240,11 @@ def dequantize_kernel(
         ahead = asker * BURST + distance
         if asks & (ahead < tl.num_programs(0)):
             if GROUPS == "columns":
-                ahead_row, ahead_column = block_of(ahead, blocks, row_blocks, stripe, STRIPED)
+                ahead_row, ahead_column, backwards = block_of(
+                    ahead, blocks, row_blocks, stripe, STRIPED, TURNING
+                )
+                if TURNING:
+                    ahead_column = tl.where(backwards, ahead_column - (BURST - 1), ahead_column)
                 prefetch_columns(
                     W_q,
                     scale,
@@ -265,11 +277,16 @@ def dequantize_kernel(
                     ((asker - turn) * BURST + distance) * (TILE_ROWS * STEPS),
                     turn,
                     BURST * FIELDS * TILE_ROWS * STEPS,
+                    1,
                     SPLIT,
                     THREADS,
                 )
     if OVERLAP >= 3:
         # The L2 cache is where all programs meet: what the previous kernel still writes arrives there too.
+        if OUTER:
+            if pid == 0:
+                prefetch_outer(scale_scale, scale_zero, scale_period, SCALE_MODE, THREADS)
+                prefetch_outer(zero_scale, zero_zero, zero_period, ZERO_MODE, THREADS)
         if GROUPS == "columns":
             prefetch_columns(
                 W_q,
@@ -287,32 +304,31 @@ def dequantize_kernel(
             of_tile = block_row * (TILE_ROWS * STEPS)
             prefetch_codes(W_q, packed_rows, of_tile, TILE_ROWS * STEPS, TILE_COLUMNS, THREADS)
         if GROUPS == "rows":
-            for i in tl.static_range(FIELDS):
-                prefetch_groups(
-                    scale, zero, rows, packed_groups, of_tile, i, TILE_ROWS * STEPS, SPLIT, THREADS
-                )
+            prefetch_groups(
+                scale, zero, rows, packed_groups, of_tile, 0, TILE_ROWS * STEPS, FIELDS, SPLIT, THREADS
+            )
     if OVERLAP > 0:
         wait_for_previous()
     column = block_column * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    in_width = column < width
     if WIDE:
         block_row, packed_rows = block_row.to(tl.int64), packed_rows.to(tl.int64)
         packed_groups = packed_groups.to(tl.int64)
     row = block_row * (TILE_ROWS * STEPS) + tl.arange(0, TILE_ROWS)
     place = row[:, None] * width + column[None, :]
+    in_width = column < width
     # Everything is loaded before the first store: a load behind a store would wait for its turn.
-    codes = ()
+    codes, kept, kept_rows = (), (), ()
     for t in tl.static_range(STEPS):
-        keep = (row + t * TILE_ROWS < packed_rows)[:, None] & in_width[None, :]
-        codes += (tl.load(W_q + t * TILE_ROWS * width + place, mask=keep, eviction_policy=LOAD_POLICY),)
-    scales, zeros = (), ()
+        kept_rows += (row + t * TILE_ROWS < packed_rows,)
+        kept += (kept_rows[t][:, None] & in_width[None, :],)
+        codes += (tl.load(W_q + t * TILE_ROWS * width + place, mask=kept[t], eviction_policy=LOAD_POLICY),)
     if GROUPS == "rows":
+        scales, zeros = (), ()
         for t in tl.static_range(STEPS):
+            of_step = row + t * TILE_ROWS
+            of_group = of_step // SPLIT
+            first = (block_row * STEPS + t) * TILE_ROWS // SPLIT
             for i in tl.static_range(FIELDS):
-                of_step = row + t * TILE_ROWS
-                group = of_step // SPLIT + i * packed_groups
-                first = (block_row * STEPS + t) * TILE_ROWS // SPLIT + i * packed_groups
-                keep = (of_step < packed_rows) & (of_step + i * packed_rows < rows)
                 s, z = _load_stats(
                     scale,
                     zero,
@@ -320,9 +336,9 @@ def dequantize_kernel(
                     scale_zero,
                     zero_scale,
                     zero_zero,
-                    group,
-                    first,
-                    keep,
+                    of_group + i * packed_groups,
+                    first + i * packed_groups,
+                    kept_rows[t] & (of_step + i * packed_rows < rows),
                     scale_period,
                     zero_period,
                     SCALE_MODE,
@@ -363,7 +379,6 @@ def dequantize_kernel(
         start_next()
     for t in tl.static_range(STEPS):
         of_step = row + t * TILE_ROWS
-        keep = (of_step < packed_rows)[:, None] & in_width[None, :]
         for i in tl.static_range(FIELDS):
             if GROUPS == "rows":
                 s, z = scales[t * FIELDS + i], zeros[t * FIELDS + i]
@@ -382,6 +397,6 @@ def dequantize_kernel(
                 OUT,
                 INTERPRETED,
             )
-            in_field = keep & (of_step + i * packed_rows < rows)[:, None]
+            in_field = kept[t] & (of_step + i * packed_rows < rows)[:, None]
             target = out + i * packed_rows * width + t * TILE_ROWS * width + place
             tl.store(target, value, mask=in_field, cache_modifier=STORE_HINT)

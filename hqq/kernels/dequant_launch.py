@@ -18,12 +18,15 @@ from hqq.kernels.dequant_config import Config
 from hqq.kernels.dequant_flow import GDC_WAIT
 from hqq.kernels.dequant_kernel import dequantize_kernel
 from hqq.kernels.dequant_plan import Stat
+from hqq.kernels.dequant_start import start_triton
 from hqq.kernels.dequant_view import MatrixView, view_of
 
 _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _ASM_NAME = {torch.float16: "f16", torch.bfloat16: "bf16"}
 _NO_ASM = FieldAsm((), "", 1)
 _INT32_LIMIT = 1 << 31
+# Shared memory in bytes: what CUDA adds to a block's own, and in what units it is given.
+_SYSTEM_SHARED, _SHARED_UNIT = 1024, 128
 
 
 def new_output(spec: QSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -67,7 +70,8 @@ def launch(
     column_blocks = triton.cdiv(view.columns, tile_columns)
     by_columns = view.groups == "columns"
     # Tiles that hold several whole rows do not lie one behind the other as prefetching takes it for granted.
-    ahead = _has_bulk_prefetch(W_q.device) and not (by_columns and tile_rows > 1)
+    hopper = _has_bulk_prefetch(W_q.device)
+    ahead = hopper and not (by_columns and tile_rows > 1)
     overlap = config.overlap if _has_overlap(W_q.device) else 0
     if not ahead and overlap > 2:
         overlap -= 2
@@ -77,6 +81,8 @@ def launch(
         stat_asm = field_asm(_ASM_NAME[out_dtype], 8, 1).texts[0]
     reach = (row_blocks * config.steps + 1) * tile_rows + (fmt.fields - 1) * view.packed_rows
     with _on(W_q.device):
+        if W_q.device.type == "cuda":
+            start_triton()
         dequantize_kernel[(row_blocks * column_blocks,)](
             W_q,
             out,
@@ -105,6 +111,9 @@ def launch(
             BURST=config.burst if ahead else 0,
             PHASE=config.phase or config.burst,
             OVERLAP=overlap,
+            RESERVE=_reserve(config.resident, W_q.device) if config.resident and hopper else None,
+            TURNING=bool(config.turning),
+            OUTER=bool(config.outer) and overlap > 2 and (scale.scale is not None or zero.scale is not None),
             SCALE_MODE=_mode(scale, span),
             ZERO_MODE=_mode(zero, span),
             SPAN=span,
@@ -118,15 +127,25 @@ def launch(
             CONSTRAINTS=ptx.constraints,
             PACK=ptx.pack,
             LOAD_POLICY="evict_first" if config.streaming else "",
-            STAT_POLICY="evict_last" if config.streaming and by_columns else "",
+            STAT_POLICY="evict_last" if config.streaming == 1 and by_columns else "",
             STORE_HINT=".cs" if config.streaming else "",
             THREADS=32 * config.warps,
             INTERPRETED=interpreting(),
             num_warps=config.warps,
-            **_no_contraction(),
+            **_compiler_options(),
             **({"launch_pdl": True} if overlap else {}),
         )
     return out
+
+
+@cache
+def _reserve(resident: int, device: torch.device) -> str:
+    """Return PTX that takes as much shared memory as leaves room for `resident` programs and no more."""
+    room = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    size = room // (resident + 1) - _SYSTEM_SHARED + _SHARED_UNIT
+    size -= size % _SHARED_UNIT
+    # The store keeps the compiler from leaving out what nothing reads.
+    return f"{{ .shared .align 16 .b32 reserved[{size // 4}]; st.volatile.shared.u32 [reserved], $1; mov.u32 $0, 0; }}"
 
 
 def matrix_view(spec: QSpec, config: Config) -> MatrixView:
@@ -178,6 +197,7 @@ def _has_overlap(device: torch.device) -> bool:
     return _has_bulk_prefetch(device) and GDC_WAIT is not None
 
 
-def _no_contraction() -> dict[str, Any]:
-    # The difference is rounded before it is multiplied; saying so also keeps newer Triton from warning.
-    return {} if interpreting() else {"enable_fp_fusion": False}
+def _compiler_options() -> dict[str, bool]:
+    # The difference is rounded before it is multiplied; saying so also keeps newer Triton from warning. Checks of
+    # integers for overflow are only kept in debug mode, but building them costs older Triton a fifth of its front end.
+    return {} if interpreting() else {"enable_fp_fusion": False, "sanitize_overflow": False}
