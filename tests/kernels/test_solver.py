@@ -14,11 +14,12 @@ from hqq.core.bitpack import FORMAT_OF_BITS, pack
 from hqq.core.qtensor import QSpec, QTensor
 from hqq.core.quantizer import Quantizer
 from hqq.core.solvers import Solution, fused, get_solver
-from hqq.core.solvers.min_max import solve_min_max
+from hqq.core.solvers.min_max import Lattice, min_max_lattice, solve_min_max
 from hqq.errors import ConfigError, WeightError
 from hqq.kernels import solve
 from hqq.kernels.solve_config import SolveConfig, candidates
 from tests.cases import BITS, DTYPES, LAYOUTS, Layout
+from tests.core.solvers.half_quadratic import restated
 
 # numpy's warnings in the interpreter, where a GPU computes infinity or NaN and the kernel sorts it out.
 pytestmark = pytest.mark.filterwarnings(
@@ -283,26 +284,31 @@ def test_half_quadratic_shrinks_large_residuals(
     assert not torch.allclose(found.zero, unshrunk.zero, rtol=1e-3)  # the shrinkage matters here
     q = run(W, spec, "hqq", device)
     assert_agrees(q, found, W, spec, "hqq")
+    assert_zeros_agree(q, found, matrix, min_max_lattice(matrix, axis, 3), axis)
+
+
+def assert_zeros_agree(q: QTensor, found: Solution, matrix: Tensor, start: Lattice, dim: int) -> int:
+    """Assert that the zeros are the reference's, but in groups where rounding decides; return the iterations."""
     assert isinstance(q.zero, Tensor)
-    torch.testing.assert_close(q.zero, found.zero, rtol=1e-4, atol=1e-4)
+    max_code = q.spec.max_code
+    trajectory = restated(matrix.numpy(), start.inverse_scale.numpy(), start.zero.numpy(), dim, max_code)
+    # Means of up to 32 numbers, twice, of the size of zeros and codes.
+    allowed = 2 * 32 * 2.0**-24 * (found.zero.abs() + max_code)
+    assert bool((((q.zero - found.zero).abs() <= allowed) | torch.from_numpy(trajectory[-1][1])).all())
+    return len(trajectory)
 
 
 def test_half_quadratic_stops_where_the_reference_does(rng: torch.Generator, device: torch.device) -> None:
     # Few levels and round starts: the error rises after different numbers of iterations.
-    from hqq.core.solvers.half_quadratic import refine_zero
-    from hqq.core.solvers.min_max import min_max_lattice
-
     stops = set()
-    for size in (0.02, 0.5, 3.0):
+    for size in (0.02, 0.05, 0.5, 3.0):
         W = weights((16, 32), rng, spread=size)
         spec = spec_for(3, (16, 32), 32, 1)
         start = min_max_lattice(W, 1, 7, round_zero=True)
         found = reference(W, spec, "hqq", round_zero=True)
-        by_count = [refine_zero(W, start, 1, 7, iterations=n) for n in range(1, 21)]
-        stops.add(next(n for n, zero in enumerate(by_count, 1) if torch.equal(zero, found.zero)))
         q = run(W, spec, "hqq", device, round_zero=True)
-        assert isinstance(q.zero, Tensor)
-        torch.testing.assert_close(q.zero, found.zero, rtol=1e-5, atol=1e-5)
+        stops.add(assert_zeros_agree(q, found, W, start, 1))
+    # With nothing to shrink after 8 iterations on average, after more than 15 in none of 1500 runs.
     assert min(stops) < 20
 
 

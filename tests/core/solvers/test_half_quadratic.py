@@ -8,57 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from hqq.core.optimize import optimize_weights_proximal, optimize_weights_proximal_legacy
 from hqq.core.solvers import DEFAULT_SOLVER, SOLVERS, get_solver, half_quadratic
 from hqq.core.solvers.half_quadratic import refine_zero, solve_half_quadratic
 from hqq.core.solvers.min_max import min_max_lattice, solve_min_max
 from hqq.errors import ConfigError
-
-Array = NDArray[np.float32]
-
-
-def restated(
-    W: Array,
-    inverse_scale: Array,
-    zero: Array,
-    dim: int,
-    max_code: int,
-    p: float = 0.7,
-    beta: float = 10.0,
-    steps: int = 20,
-) -> list[tuple[Array, NDArray[np.bool_]]]:
-    """Return the zeros after every iteration, in float32, until the error does not fall any more.
-
-    With them, which groups hang on how float32 rounds: some value lay in the middle between two codes, as nearly as
-    float32 tells, in this iteration or one before. All do once the error neither rose nor fell.
-    """
-    trajectory = []
-    best = np.inf
-    tied = np.zeros(zero.shape, dtype=bool)
-    for _ in range(steps):
-        place = W.astype(np.float64) * inverse_scale + zero
-        # The product and the sum are rounded, and the zero comes from a mean of as many numbers as a group has.
-        unsure = 2.0**-24 * (2 * np.abs(W * inverse_scale) + W.shape[dim] * (np.abs(zero) + max_code))
-        inside = (place > -0.5 - unsure) & (place < max_code + 0.5 + unsure)
-        near = np.abs(np.abs(place - np.floor(place)) - 0.5) <= unsure
-        tied = tied | (inside & near).any(axis=dim, keepdims=True)
-        codes = np.clip(np.round(W * inverse_scale + zero), 0, max_code)
-        fitted = (codes - zero) / inverse_scale
-        with np.errstate(divide="ignore"):
-            shrunk = np.abs(W - fitted) - np.abs(W - fitted) ** np.float32(p - 1) / np.float32(beta)
-        sparse = np.sign(W - fitted) * np.maximum(shrunk, 0)
-        zero = np.mean(codes - (W - sparse) * inverse_scale, axis=dim, keepdims=True, dtype=np.float32)
-        trajectory.append((zero, tied))
-        error = np.abs(W - fitted).mean(dtype=np.float64)
-        # Values of float32 residuals are off by the rounding of codes and zeros, in both computations.
-        if abs(error - best) <= 2.0**-20 * (error + float(np.abs(W).max())):
-            tied = np.ones_like(tied)
-        if not error < best:
-            break
-        best = error
-    return trajectory
+from tests.core.solvers.half_quadratic import restated
 
 
 @pytest.mark.parametrize("size", [0.02, 1.0, 30.0])

@@ -1,0 +1,55 @@
+"""A plain re-statement of the half-quadratic iteration in numpy, which also says what hangs on rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+
+def restated(
+    W: Array,
+    inverse_scale: Array,
+    zero: Array,
+    dim: int,
+    max_code: int,
+    p: float = 0.7,
+    beta: float = 10.0,
+    steps: int = 20,
+) -> list[tuple[Array, NDArray[np.bool_]]]:
+    """Return the zeros after every iteration, in float32, until the error does not fall any more.
+
+    With them, which groups hang on how float32 rounds: some value lay in the middle between two codes, as nearly as
+    float32 tells, in this iteration or one before. All do after an error that neither rose nor fell, unless nothing
+    moved.
+    """
+    trajectory = []
+    best = np.inf
+    tied = np.zeros(zero.shape, dtype=bool)
+    for _ in range(steps):
+        place = W.astype(np.float64) * inverse_scale + zero
+        # The product and the sum are rounded, and the zero comes from a mean of as many numbers as a group has.
+        unsure = 2.0**-24 * (2 * np.abs(W * inverse_scale) + W.shape[dim] * (np.abs(zero) + max_code))
+        inside = (place > -0.5 - unsure) & (place < max_code + 0.5 + unsure)
+        near = np.abs(np.abs(place - np.floor(place)) - 0.5) <= unsure
+        tied = tied | (inside & near).any(axis=dim, keepdims=True)
+        codes = np.clip(np.round(W * inverse_scale + zero), 0, max_code)
+        fitted = (codes - zero) / inverse_scale
+        with np.errstate(divide="ignore"):
+            shrunk = np.abs(W - fitted) - np.abs(W - fitted) ** np.float32(p - 1) / np.float32(beta)
+        sparse = np.sign(W - fitted) * np.maximum(shrunk, 0)
+        before, zero = (
+            zero,
+            np.mean(codes - (W - sparse) * inverse_scale, axis=dim, keepdims=True, dtype=np.float32),
+        )
+        trajectory.append((zero, tied))
+        error = np.abs(W - fitted).mean(dtype=np.float64)
+        # A mean in float32, of residuals that are off by the rounding of what they are differences of.
+        doubt = 2.0**-20 * error + 2.0**-23 * float(np.abs(W).max())
+        if abs(error - best) <= doubt and not np.array_equal(zero, before):
+            tied = np.ones_like(tied)
+        if not error < best:
+            break
+        best = error
+    return trajectory
