@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -27,15 +28,7 @@ def microseconds(function: Callable[[T], Tensor], inputs: Sequence[T], replays: 
 
     Results stay alive within a replay, so that each call writes memory of its own.
     """
-    calls = [inputs[i % len(inputs)] for i in range(max(_CALLS, len(inputs)))]
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        for item in inputs[:2]:
-            function(item)  # compiles, and sets up what must not happen under capture
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        results = [function(item) for item in calls]
+    graph, results = _captured(function, inputs)
     for _ in range(3):
         graph.replay()
     times = []
@@ -45,9 +38,44 @@ def microseconds(function: Callable[[T], Tensor], inputs: Sequence[T], replays: 
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+        times.append(start.elapsed_time(end) * 1e3 / len(results))
     del results, graph
     return float(statistics.median(times))
+
+
+def steady_microseconds(function: Callable[[T], Tensor], inputs: Sequence[T], replays: int = 15) -> float:
+    """Return the median time of one call as `microseconds` does, from replays that follow each other without a pause.
+
+    The GPU is still busy with one replay while the next is sent, so that what the host takes for it is not measured.
+    """
+    graph, results = _captured(function, inputs)
+    events = [_event() for _ in range(replays + 1)]
+    for _ in range(3):
+        graph.replay()
+    for event in events[:-1]:
+        event.record()
+        graph.replay()
+    events[-1].record()
+    events[-1].synchronize()
+    times = [start.elapsed_time(end) * 1e3 / len(results) for start, end in pairwise(events)]
+    del results, graph
+    return float(statistics.median(times))
+
+
+def _captured(
+    function: Callable[[T], Tensor], inputs: Sequence[T]
+) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """Return a graph of calls that go through the inputs, and what it writes: one result for each call."""
+    calls = [inputs[i % len(inputs)] for i in range(max(_CALLS, len(inputs)))]
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        for item in inputs[:2]:
+            function(item)  # compiles, and sets up what must not happen under capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        results = [function(item) for item in calls]
+    return graph, results
 
 
 def eager_microseconds(function: Callable[[T], Tensor], inputs: Sequence[T], repeats: int = 5) -> float:
