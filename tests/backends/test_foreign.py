@@ -19,7 +19,7 @@ from hqq.core.prepared import MatmulBackend
 from hqq.errors import BackendError
 from tests.core.layers import config, linear, same_state
 
-N, K = 64, 256
+N, K = 64, 1024
 MODULES = {"gemlite": gemlite, "marlin": marlin, "bitblas": bitblas}
 
 
@@ -105,7 +105,9 @@ def layer_of(rng: torch.Generator, dtype: torch.dtype, **options: Any) -> HQQLin
 @pytest.mark.parametrize(
     "options", [{"nbits": 4}, {"nbits": 8}, {"nbits": 3}, {"nbits": 1.58}, {"nbits": 1}], ids=str
 )
-@pytest.mark.parametrize("extra", [{"group_size": 64}, {"group_size": None}, {"quant_zero": True}], ids=str)
+@pytest.mark.parametrize(
+    "extra", [{"group_size": 64}, {"group_size": None}, {"group_size": 128, "quant_zero": True}], ids=str
+)
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_products_gradients_and_the_way_back(
     name: str, extra: dict[str, Any], options: dict[str, Any], on_cpu: None, rng: torch.Generator
@@ -132,7 +134,19 @@ def test_products_gradients_and_the_way_back(
     [
         ("gemlite", torch.float16, {"axis": 0}, "gemlite takes groups along the inputs"),
         ("gemlite", torch.float32, {}, "gemlite is used in float16 and bfloat16"),
-        ("gemlite", torch.float16, {"group_size": 8}, "groups of multiples of 16"),
+        (
+            "gemlite",
+            torch.float16,
+            {"group_size": 8},
+            "groups of 32 and larger powers of two at 4 bits, not of 8",
+        ),
+        ("gemlite", torch.float16, {"group_size": 16}, "groups of 32 and larger powers of two"),
+        (
+            "gemlite",
+            torch.float16,
+            {"nbits": 1, "group_size": 32},
+            "groups of 64 and larger powers of two at 1 bit",
+        ),
         (
             "marlin",
             torch.bfloat16,
@@ -181,6 +195,27 @@ def test_a_library_that_fails_is_a_reason(
     with pytest.raises(BackendError, match="this version cannot be called"):
         prepare_for_inference(layer, backend=name, strict=True)
     assert layer.preparation is None and same_state(dict(layer.state_dict()), before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "group_size", "multiple"),
+    [((64, 320), 64, 256), ((64, 384), 32, 256), ((64, 768), 128, 512), ((64, 512), None, 1024)],
+)
+def test_gemlite_takes_no_rows_that_end_within_a_round(
+    shape: tuple[int, int], group_size: int | None, multiple: int, on_cpu: None, rng: torch.Generator
+) -> None:
+    layer = HQQLinear(
+        linear(rng, *shape), config(4, group_size=group_size), compute_dtype=torch.float16, device="cpu"
+    )
+    with pytest.raises(BackendError, match=f"gemlite takes multiples of {multiple} inputs"):
+        prepare_for_inference(layer, backend="gemlite", strict=True)
+
+
+def test_gemlite_refuses_groups_it_would_mix_up(on_cpu: None, rng: torch.Generator) -> None:
+    layer = layer_of(rng, torch.float16, group_size=16)
+    with pytest.raises(BackendError, match="group_size=16: gemlite takes groups of 32 and larger"):
+        gemlite.patch_hqq_to_gemlite(layer)
+    assert layer.ready
 
 
 @pytest.mark.parametrize(
