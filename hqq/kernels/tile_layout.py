@@ -8,7 +8,7 @@ and instruction s those with j = 4 s … 4 s + 3. What one lane gives to one ins
     a0 = row g, j = 4s, 4s+1     a1 = row g+8, the same     a2 = row g, j = 4s+2, 4s+3     a3 = row g+8, the same
 
 and a pair is a 32-bit register whose halves are the two elements. So a pair's codes are stored 16 bits apart in a
-32-bit word, and one shift and one logical instruction turn them into two floats (see cuda/codes.cuh).
+32-bit word, and one mask takes both (see cuda/fragments.cuh), or four bytes of a row (see cuda/byte_codes.cuh).
 
 For each block of 64 inputs a lane has as many words as a code has bits. Where these divide 16, the codes of a half-word
 follow one another: a0, a1, a2, a3 of an instruction, then those of the next one. Three-bit codes lie as those of four

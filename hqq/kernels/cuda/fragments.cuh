@@ -5,48 +5,9 @@
 
 #include "codes.cuh"
 
-// ---- what a lane stores -------------------------------------------------------------------------------------------
-template <int BITS>
-struct Packing {
-    static constexpr int CHUNK_BLOCKS = BITS == 1 || BITS == 3 ? 4 : BITS == 2 ? 2 : 1;  // blocks of 64 inputs
-    static constexpr int LOADS = BITS == 8 ? 2 : BITS == 3 ? 3 : 1;                      // of 16 bytes, for a chunk
-    static constexpr int CHUNK_BYTES = 512 * LOADS;                                      // of a warp
-    static constexpr int WORDS = BITS;                                                   // of a lane, for a block
-};
-
-// The words of block `block` of a chunk; `chunk`: where the chunk lies, in shared or global memory.
-template <int BITS>
-HQQ_INLINE void read_block(uint32_t (&word)[BITS], const unsigned char* chunk, int block, int lane) {
-    const unsigned char* mine = chunk + 16 * lane;
-    if constexpr (BITS == 8) {
-        const uint4 v = *reinterpret_cast<const uint4*>(mine), w = *reinterpret_cast<const uint4*>(mine + 512);
-        word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
-        word[4] = w.x, word[5] = w.y, word[6] = w.z, word[7] = w.w;
-    } else if constexpr (BITS == 4) {
-        const uint4 v = *reinterpret_cast<const uint4*>(mine);
-        word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
-    } else if constexpr (BITS == 3) {
-        // Three blocks have a load each, the fourth lies in what these leave over.
-        if (block == 3) {
-#pragma unroll
-            for (int i = 0; i < 3; ++i) word[i] = *reinterpret_cast<const uint32_t*>(mine + 512 * i + 12);
-        } else {
-            const uint4 v = *reinterpret_cast<const uint4*>(mine + 512 * block);
-            word[0] = v.x, word[1] = v.y, word[2] = v.z;
-        }
-    } else if constexpr (BITS == 2) {
-        const uint2 v = *reinterpret_cast<const uint2*>(mine + 8 * block);
-        word[0] = v.x, word[1] = v.y;
-    } else {
-        word[0] = *reinterpret_cast<const uint32_t*>(mine + 4 * block);
-    }
-}
-
-constexpr int AND_OR = 0xea;  // (a & b) | c
-
 // ---- codes as floats ----------------------------------------------------------------------------------------------
-// Code bits become the lowest bits of a number, BITS of them at most. What comes out is the code times 2^EXPONENT; no
-// step rounds.
+// Code bits become the lowest bits of a number, BITS of them at most. What comes out is the code times 2^EXPONENT, which
+// times TO_CODE is the code; no step rounds. minus: times -2^EXPONENT.
 template <class T>
 struct Number;
 
@@ -55,14 +16,14 @@ struct Number;
 template <>
 struct Number<F16> {
     static constexpr int BITS = 10, EXPONENT = 0;
-    static constexpr uint32_t ONE = 0x3c003c00u, BASE = 0x64006400u;
+    static constexpr uint32_t TO_CODE = 0x3c003c00u, BASE = 0x64006400u;
     template <int SHIFT>
     static HQQ_INLINE uint32_t without_base(uint32_t number) {
         return hfma2<F16>(number, 0x10001u * ((15 - SHIFT) << 10), 0x10001u * (0x8000 | (25 - SHIFT) << 10));
     }
     template <uint32_t MASK, int SHIFT>
-    static HQQ_INLINE uint32_t of(uint32_t word) {
-        return without_base<SHIFT>(lop3<AND_OR>(word, MASK, BASE));
+    static HQQ_INLINE uint32_t of(uint32_t word) {  // (word & MASK) | BASE
+        return without_base<SHIFT>(lop3<0xea>(word, MASK, BASE));
     }
     static HQQ_INLINE uint32_t minus(uint32_t a) { return hneg2<F16>(a); }
 };
@@ -72,7 +33,7 @@ struct Number<F16> {
 template <>
 struct Number<BF16> {
     static constexpr int BITS = 8, EXPONENT = -6;
-    static constexpr uint32_t ONE = 0x42804280u;  // 2^6: turns what comes out into the code
+    static constexpr uint32_t TO_CODE = 0x42804280u;
     template <int SHIFT>
     static HQQ_INLINE uint32_t scaled(uint32_t number) {
         return hmul2<BF16>(number, 0x10001u * ((254 - SHIFT) << 7));
@@ -81,7 +42,7 @@ struct Number<BF16> {
     static HQQ_INLINE uint32_t of(uint32_t word) {
         return scaled<SHIFT>(word & MASK);
     }
-    static HQQ_INLINE uint32_t minus(uint32_t a) { return hmul2<BF16>(a, 0xbc80bc80u); }  // -2^-6 a
+    static HQQ_INLINE uint32_t minus(uint32_t a) { return hmul2<BF16>(a, 0xbc80bc80u); }
 };
 
 // The codes whose BITS bits lie from bit AT on in both halves of `word`.
@@ -245,7 +206,7 @@ template <class T, int BITS, int STEP, int PAIR = 0, class S>
 HQQ_INLINE void exact_weights(uint32_t (&a)[4], const uint32_t (&word)[BITS], const S& scales) {
     if constexpr (PAIR < 4) {
         const uint32_t scale = scales.template scale_of<STEP, PAIR>(), zero = scales.template zero_of<STEP, PAIR>();
-        a[PAIR] = hmul2<T>(hfma2<T>(code_pair<T, BITS, STEP, PAIR>(word), Number<T>::ONE, zero), scale);
+        a[PAIR] = hmul2<T>(hfma2<T>(code_pair<T, BITS, STEP, PAIR>(word), Number<T>::TO_CODE, zero), scale);
         exact_weights<T, BITS, STEP, PAIR + 1>(a, word, scales);
     }
 }

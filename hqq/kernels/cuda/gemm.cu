@@ -30,11 +30,11 @@ constexpr int BLOCK_BYTES = TOKENS * BLOCK_INPUTS * 2, STAGE_BYTES = JOINT * BLO
 constexpr int BLOCK_TILES = WARPS * BLOCKS;
 constexpr int SUMS = TOKENS / 2;  // of a thread, for each of its BLOCKS tiles
 
-using P = Packing<BITS>;
+using C = Chunk<BITS>;
 using S = Scales<T, AXIS, GROUP>;
-constexpr int CODE_BYTES = SPAN / P::CHUNK_BLOCKS * P::CHUNK_BYTES, META_BYTES = SPAN * S::BLOCK_BYTES;
+constexpr int CODE_BYTES = SPAN / C::blocks * C::bytes, META_BYTES = SPAN * S::BLOCK_BYTES;
 constexpr int TILE_BYTES = CODE_BYTES + META_BYTES, SPAN_BYTES = BLOCK_TILES * TILE_BYTES;
-static_assert(SPAN % P::CHUNK_BLOCKS == 0 && SPAN * BLOCKS % 2 == 0, "a span is whole chunks, and two registers take turns");
+static_assert(SPAN % C::blocks == 0 && SPAN * BLOCKS % 2 == 0, "a span is whole chunks, and two registers take turns");
 static_assert(SPAN % JOINT == 0 && (CLUSTER == 1 || JOINT == 1), "stages of x divide spans");
 constexpr int EXCHANGE_TOKENS = TOKENS < 32 ? TOKENS : 32;
 constexpr int EXCHANGE_BYTES = AXIS == 0 ? EXCHANGE_TOKENS * TILE_ROWS * WARPS * 2 : WARPS * 512;
@@ -294,9 +294,6 @@ HQQ_INLINE void collect(float (&sum)[BLOCKS][SUMS], float* partial, const int* f
 // groups are under way: fewer than would reach back to the registers that are written.
 constexpr int RUNNING = 4 / STEPS - (STEPS < 4);
 
-// Descriptors of x differ in their low word only, which has the address in units of 16 bytes.
-HQQ_INLINE uint64_t descriptor_of(uint32_t low) { return (wgmma_descriptor(0) & ~uint64_t(0xffffffffu)) | low; }
-
 struct Multiplier {
     Ring<STAGES> x;
     Ring<DEPTH> codes;
@@ -333,7 +330,7 @@ struct Multiplier {
     HQQ_INLINE void read(int first) {
         constexpr int BLOCK = PAIR / BLOCKS, B = PAIR % BLOCKS;
         const unsigned char* tile = codes_at + codes.slot * SPAN_BYTES + B * (WARPS * TILE_BYTES);
-        read_block<BITS>(word, tile + BLOCK / P::CHUNK_BLOCKS * P::CHUNK_BYTES, BLOCK % P::CHUNK_BLOCKS, lane);
+        read_block<BITS>(word, tile + BLOCK / C::blocks * C::bytes, BLOCK % C::blocks, lane);
         scales.read(tile + CODE_BYTES + (S::offset(first + BLOCK) - S::offset(first)), lane);
         scales.fold();
     }
@@ -354,13 +351,13 @@ struct Multiplier {
     }
 
     template <int PAIR, int STEP = 0>
-    HQQ_INLINE void steps(float (&sum)[SUMS], uint32_t columns) {
+    HQQ_INLINE void steps(float (&sum)[SUMS], uint64_t columns) {
         if constexpr (STEP < STEPS_OF_BLOCK) {
             wgmma_fence();
 #pragma unroll
             for (int s = STEP; s < STEP + STEPS; ++s) {
                 const uint32_t(&now)[4] = a[PAIR % 2][s];
-                wgmma<T, TOKENS>(sum, now[0], now[1], now[2], now[3], descriptor_of(columns + 2 * s));
+                wgmma<T, TOKENS>(sum, now[0], now[1], now[2], now[3], columns + 2 * s);
             }
             wgmma_commit();
             wgmma_wait<RUNNING>();
@@ -369,12 +366,12 @@ struct Multiplier {
         }
     }
 
-    // Of x of pair PAIR. The shuffle tells the compiler that it is the same in all lanes: then it stays where
-    // instructions read descriptors, and so does what is added to it.
+    // Descriptor of x for pair PAIR. The shuffle tells the compiler that it is the same in all lanes: then it stays where
+    // instructions read descriptors, and so does what is added to it. Addresses are in the low word, in units of 16 bytes.
     template <int PAIR>
-    HQQ_INLINE uint32_t columns() const {
+    HQQ_INLINE uint64_t columns() const {
         const uint32_t stage = __shfl_sync(0xffffffffu, x_low + x.slot * (STAGE_BYTES / 16), 0);
-        return stage + PAIR / BLOCKS % JOINT * (BLOCK_BYTES / 16);
+        return (wgmma_descriptor(0) >> 32 << 32 | stage) + PAIR / BLOCKS % JOINT * (BLOCK_BYTES / 16);
     }
 
     HQQ_INLINE void next_x() {
@@ -394,7 +391,7 @@ struct Multiplier {
                 if (more) codes.wait_full();
                 read<0>(first + SPAN);  // what nobody uses, if there is no more
             }
-            const uint32_t x_columns = columns<PAIR>();
+            const uint64_t x_columns = columns<PAIR>();
             if (PAIR % (BLOCKS * JOINT) == 0) x.wait_full();
             steps<PAIR>(sum[PAIR % BLOCKS], x_columns);
             if (PAIR % (BLOCKS * JOINT) == BLOCKS * JOINT - 1) next_x();
@@ -480,7 +477,7 @@ HQQ_INLINE void copy_codes(const Weight& w, const Work& work, unsigned char* sha
 #pragma unroll 1
     for (int unit = work.share.first; unit < work.share.last; ++unit) {
         const int first = span * SPAN, rest = w.blocks - first, count = rest < SPAN ? rest : SPAN;
-        const int codes = count / P::CHUNK_BLOCKS * P::CHUNK_BYTES;
+        const int codes = count / C::blocks * C::bytes;
         const int scales = S::offset(first + count - 1) - S::offset(first) + S::BLOCK_BYTES;
         ring.wait_empty();
         const uint32_t full = ring.full + 8 * ring.slot, slot = to + ring.slot * SPAN_BYTES;
@@ -488,7 +485,7 @@ HQQ_INLINE void copy_codes(const Weight& w, const Work& work, unsigned char* sha
         __syncwarp();
         if (lane < BLOCK_TILES) {
             const int64_t block = static_cast<int64_t>(row) * w.blocks + first;
-            bulk_copy(slot, w.codes + block / P::CHUNK_BLOCKS * P::CHUNK_BYTES, codes, full, policy);
+            bulk_copy(slot, w.codes + block / C::blocks * C::bytes, codes, full, policy);
             const unsigned char* meta = w.meta;
             if constexpr (AXIS == 0)
                 meta += static_cast<int64_t>(row / MEMBERS<GROUP>) * w.blocks * S::BLOCK_BYTES;

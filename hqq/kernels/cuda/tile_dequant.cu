@@ -14,9 +14,9 @@ using T = HQQ_T;
 constexpr int BITS = HQQ_BITS, AXIS = HQQ_AXIS, GROUP = HQQ_GROUP, RUN = HQQ_RUN, RAGGED = HQQ_RAGGED;
 constexpr int WARPS = 8, BLOCK_INPUTS = 64;
 
-using P = Packing<BITS>;
+using C = Chunk<BITS>;
 using S = Scales<T, AXIS, GROUP>;
-constexpr int CHUNKS = RUN / P::CHUNK_BLOCKS;
+constexpr int CHUNKS = RUN / C::blocks;
 
 template <int STEP = 0>
 HQQ_INLINE void dequantise(uint32_t (&row)[2][8], const uint32_t (&word)[BITS], const S& scales) {
@@ -63,19 +63,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     const int work = blockIdx.x * WARPS + threadIdx.x / 32, tile = work / runs, first = work % runs * CHUNKS;
     if (tile >= tiles) return;
     // Past the last chunk: that one once more, since loads on a condition would be put off.
-    uint4 load[CHUNKS][P::LOADS];
+    uint4 load[CHUNKS][C::loads];
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) {
         const int chunk = first + i < chunks ? first + i : chunks - 1;
-        const unsigned char* from = codes + (static_cast<int64_t>(tile) * chunks + chunk) * P::CHUNK_BYTES + 16 * lane;
+        const unsigned char* from = codes + (static_cast<int64_t>(tile) * chunks + chunk) * C::bytes + 16 * lane;
 #pragma unroll
-        for (int j = 0; j < P::LOADS; ++j) load[i][j] = ldg128_stream(from + 512 * j);
+        for (int j = 0; j < C::loads; ++j) load[i][j] = ldg128_stream(from + 512 * j);
     }
 
     const int4 place = *reinterpret_cast<const int4*>(rows + 4 * tile);
     const unsigned char* scales_of_tile = meta;
     if constexpr (AXIS == 0)
-        scales_of_tile += static_cast<int64_t>(tile / MEMBERS<GROUP>) * chunks * P::CHUNK_BLOCKS * S::BLOCK_BYTES;
+        scales_of_tile += static_cast<int64_t>(tile / MEMBERS<GROUP>) * chunks * C::blocks * S::BLOCK_BYTES;
     else
         scales_of_tile += static_cast<int64_t>(tile) * groups * 64;
     const int g = lane / 4;
@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     // Loads before the stores that they must not wait for: all of them along axis 1, the next block's along axis 0.
     constexpr int AHEAD = AXIS == 1 ? RUN : 2;
     S scales[AHEAD];
-    const int first_block = first * P::CHUNK_BLOCKS, last_block = (chunks * P::CHUNK_BLOCKS) - 1;
+    const int first_block = first * C::blocks, last_block = (chunks * C::blocks) - 1;
     const auto read = [&](int i) {
         const int block = first_block + i;
         scales[i % AHEAD].read(scales_of_tile + S::offset(block < last_block ? block : last_block), lane);
@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     for (int i = 0; i < AHEAD - (AXIS == 0); ++i) read(i);
 #pragma unroll
     for (int i = 0; i < RUN; ++i) {
-        constexpr int OF_CHUNK = P::CHUNK_BLOCKS;
+        constexpr int OF_CHUNK = C::blocks;
         if (i > 0 && i % OF_CHUNK == 0 && first + i / OF_CHUNK >= chunks) break;
         if (AXIS == 0 && i + 1 < RUN) read(i + 1);
         uint32_t word[BITS], row[2][8];
