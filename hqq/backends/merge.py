@@ -33,25 +33,33 @@ class Projections:
     """The products of one input with several layers: one product if their weights are joined, else one each.
 
     Holds for the layers as they are now: after a move, a cast or a new preparation of them, make another one.
+
+    Attributes:
+        weight: the joined weight, or None, and then `reason` says why; bias: what goes with it, [N] or None.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = tuple(modules)
         self.reason: str | None = None
-        self._weight: TiledWeight | None = None
+        self.weight: TiledWeight | None = None
+        self.bias: Tensor | None = None
         try:
-            self._weight = join(self.modules)
+            self.weight = join(self.modules)
         except BackendError as error:
             self.reason = str(error)
             return
-        self._sizes = [part.shape[0] for part in self._weight.parts]
-        self._bias = _joined_bias(self.modules, self._weight)
+        self._sizes = [part.shape[0] for part in self.weight.parts]
+        self.bias = _joined_bias(self.modules, self.weight)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return each layer's result for x [..., K], bias included; the results may be views of one tensor."""
-        if self._weight is None:
+        if self.weight is None:
             return tuple(module(x) for module in self.modules)
-        return torch.split(tiled_linear(x, self._weight, self._bias), self._sizes, dim=-1)
+        return self.split(tiled_linear(x, self.weight, self.bias))
+
+    def split(self, y: Tensor) -> tuple[Tensor, ...]:
+        """Return each layer's part of what the joined weight gives, [..., N]."""
+        return torch.split(y, self._sizes, dim=-1)
 
 
 def merge_projections(model: nn.Module) -> tuple[Merge, ...]:

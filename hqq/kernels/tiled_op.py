@@ -57,7 +57,8 @@ def _arguments(weight: TiledWeight) -> tuple[Any, ...]:
     return (weight.codes, weight.meta, weight.rows, *shape)
 
 
-def _check(x: Tensor, bias: Tensor | None, meta: Tensor, N: int, K: int) -> None:
+def check_operands(x: Tensor, bias: Tensor | None, meta: Tensor, N: int, K: int) -> None:
+    """Raise ShapeError, DtypeError or ConfigError for an input or a bias that does not go with a weight [N, K]."""
     if x.ndim == 0 or x.shape[-1] != K:
         raise ShapeError(
             f"got input of shape {tuple(x.shape)}; the weight [{N}, {K}] takes {K} in the last dimension"
@@ -75,25 +76,22 @@ def _check(x: Tensor, bias: Tensor | None, meta: Tensor, N: int, K: int) -> None
 
 def _linear(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
     meta, N, K = weight[1], weight[-2], weight[-1]
-    _check(x, bias, meta, N, K)
+    check_operands(x, bias, meta, N, K)
     return F.linear(x, dequantize_tiles(*weight), bias)
 
 
 def _linear_cuda(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
     """Multiply by the kernel for the number of tokens; many are cheapest with the weight dequantised once."""
     codes, meta, rows, bits, axis, group_size, N, K = weight
-    _check(x, bias, meta, N, K)
+    check_operands(x, bias, meta, N, K)
     M = x.numel() // K
-    fused, gemm = _kernels_on(x.device)
-    if M == 0 or not fused:
-        return _linear(x, bias, *weight)
     work = GemvWork(meta.dtype, bits, axis, group_size, N, K, M)
-    route = _route(work, gemm)
+    route = route_on(work, x.device)
+    if M == 0 or route == "reference":
+        return _linear(x, bias, *weight)
     if route == "dequantize":
         return F.linear(x, tile_dequantize(codes, meta, rows, bits, axis, group_size, N, K), bias)
-    rows_of_x = x.reshape(M, K).contiguous()
-    if rows_of_x.data_ptr() % _ALIGNMENT:
-        rows_of_x = rows_of_x.clone()
+    rows_of_x = aligned(x.reshape(M, K))
     if bias is not None:
         bias = bias.contiguous()
     out = x.new_empty((*x.shape[:-1], N))
@@ -103,6 +101,18 @@ def _linear_cuda(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
     else:
         tiled_gemm(rows_of_x, codes, meta, rows, bits, axis, group_size, N, K, bias, out.view(M, N))
     return out
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return `tensor`, or a copy of it, contiguous and where kernels can load it 16 bytes at a time."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+
+
+def route_on(work: GemvWork, device: torch.device) -> str:
+    """Return which kernel takes `work` on a CUDA device: "gemv", "gemm", "dequantize" or, without any, "reference"."""
+    fused, gemm = _kernels_on(device)
+    return _route(work, gemm) if fused else "reference"
 
 
 @cache
@@ -128,7 +138,7 @@ def _dequantize_cuda(*weight: Any) -> Tensor:
 
 def _linear_fake(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
     meta, N, K = weight[1], weight[-2], weight[-1]
-    _check(x, bias, meta, N, K)
+    check_operands(x, bias, meta, N, K)
     return x.new_empty((*x.shape[:-1], N))
 
 

@@ -24,15 +24,20 @@ _REPLAYS = 9
 
 
 def gemv_config(work: GemvWork, device: torch.device) -> GemvConfig:
-    """Return the measured configuration for `work` on `device` if `tune` has kept one, else the chosen one."""
-    return _config(work._replace(tokens=columns(work.tokens)), device.index or 0)
+    """Return the measured configuration for `work` on `device` if `tune` has kept one, else the chosen one.
+
+    What is measured for a product serves it with a norm as well, and with a gate if it takes two row tiles at a time.
+    """
+    return _config(work._replace(tokens=columns(work.tokens), normed=False), device.index or 0)
 
 
 @cache
 def _config(work: GemvWork, device: int) -> GemvConfig:
-    kept = _cache(device).get(_key(work))
+    kept = _cache(device).get(_key(work._replace(gated=False)))
     if kept is not None and len(kept) == len(GemvConfig._fields):
-        return GemvConfig(*kept)
+        config = GemvConfig(*kept)
+        if config.tiles == 2 or not work.gated:
+            return config
     return choose_gemv(work, multiprocessors(device))
 
 

@@ -75,6 +75,24 @@ def texts(model: Any, tokenizer: Any, step: str, **options: Any) -> list[list[in
     return [tokens.tolist() for tokens in result["output_tokens"]]
 
 
+@torch.no_grad()
+def step_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, fused: bool) -> torch.Tensor:
+    """Return the logits after token 7 behind prompts, by the fused step or by the model's own."""
+    from hqq.models.generation.decoder import Decoder
+    from hqq.models.generation.family import take_apart
+    from hqq.models.generation.sampling import Sampling
+
+    decoder = Decoder(model, len(ids), 64, ids.device, Sampling(), (), 0)
+    if fused:
+        decoder.fuse(take_apart(model))
+    decoder.start(ids, mask)
+    decoder.token.fill_(7)
+    if decoder._fused is not None:
+        return decoder._fused.logits(decoder.token)
+    decoder.attention_mask.index_fill_(1, decoder.cache_position, 1)
+    return decoder.model(decoder.token, decoder.attention_mask, decoder.position_ids, decoder.cache_position)
+
+
 def check(generator: HFGenerator, prompts: list[str], texts: list[list[int]]) -> None:
     """Assert that the texts are of full length, and what the model's own passes over them choose."""
     assert [len(text) for text in texts] == [generator.max_new_tokens] * len(prompts)
@@ -167,6 +185,51 @@ def test_a_step_that_there_is_not(seed: int, device: torch.device, tokenizer: An
         HFGenerator(build("llama", seed, device), tokenizer, step="fast")
 
 
+@pytest.mark.parametrize("axis", [1, 0])
+def test_products_bring_norms_gates_and_sums_along(
+    axis: int, seed: int, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a product is one kernel with what stands around it; here in the words of its reference."""
+    from hqq.backends.native import NativeWeight
+    from hqq.core.linear import HQQLinear
+    from hqq.kernels import tiled_step
+    from hqq.kernels.tiled_weight import tiled_support
+    from hqq.models.generation import products
+
+    dtype, cpu = torch.float16, torch.device("cpu")
+    model = build("llama", seed, cpu, num_key_value_heads=2).to(dtype)
+    quantize_model(
+        model,
+        QuantConfig(nbits=4, group_size=32, axis=axis),
+        compute_dtype=dtype,
+        device=cpu,
+        progress=False,
+        lm_head=True,
+    )
+    ids, mask = torch.randint(0, 258, (3, 9)), torch.ones(3, 9, dtype=torch.int64)
+    expected = step_logits(model, ids, mask, fused=True).double()
+    for layer in model.modules():
+        # 258 outputs are in no groups down the outputs that kernels take: with axis=0 the head goes its own way.
+        if isinstance(layer, HQQLinear) and tiled_support(layer.qtensor().spec, dtype) is None:
+            q = layer.qtensor()
+            layer.prepare("pytorch")
+            layer.hold(NativeWeight(q, dtype))
+    calls = []
+
+    def step_linear(x: torch.Tensor, *args: Any, **around: Any) -> torch.Tensor:
+        calls.append(tuple(name for name in ("norm", "gated", "residual") if around.get(name) is not None))
+        return tiled_step.step_linear(x, *args, **around)
+
+    monkeypatch.setattr(
+        products, "takes", lambda weight, x, gated=False: x.shape[0] == 3 and not (gated and axis == 0)
+    )
+    monkeypatch.setattr(products, "step_linear", step_linear)
+    got = step_logits(model, ids, mask, fused=True).double()
+    gate = ("norm", "gated") if axis == 1 else ("norm",)
+    assert calls == [("norm",), ("residual",), gate, ("residual",)] * 2 + [("norm",)] * axis
+    assert (got - expected).abs().max() <= 16 * 2.0**-11 * expected.abs().max()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("batch", [1, 3, 64])
@@ -189,34 +252,15 @@ def test_joined_products_in_the_step(
     axis: int, dtype: torch.dtype, seed: int, device: torch.device, tokenizer: Any
 ) -> None:
     from hqq.backends.prepare import prepare_for_inference
-    from hqq.models.generation.decoder import Decoder
-    from hqq.models.generation.family import take_apart
-    from hqq.models.generation.sampling import Sampling
 
     model = build("qwen2", seed, device, num_key_value_heads=2).to(dtype)
     quantize_model(model, QuantConfig(nbits=4, group_size=32, axis=axis), compute_dtype=dtype, progress=False)
     ids = torch.randint(0, 258, (3, 9), device=device)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
-
-    def logits(fused: bool) -> torch.Tensor:
-        decoder = Decoder(model, 3, 64, device, Sampling(), (), 0)
-        if fused:
-            decoder.fuse(take_apart(model))
-        decoder.start(ids, mask)
-        decoder.token.fill_(7)
-        if decoder._fused is not None:
-            assert [layer.qkv.reason for layer in decoder._fused._layers] == [None, None]
-            return decoder._fused.logits(decoder.token)
-        decoder.attention_mask.index_fill_(1, decoder.cache_position, 1)
-        return decoder.model(
-            decoder.token, decoder.attention_mask, decoder.position_ids, decoder.cache_position
-        )
-
-    expected = logits(False).double()
+    expected = step_logits(model, ids, mask, fused=False).double()
     prepare_for_inference(model)
-    with torch.no_grad():
-        got = logits(True).double()
+    got = step_logits(model, ids, mask, fused=True).double()
     # Two layers of products that round differently: some units of the largest logit.
     unit = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
     assert (got - expected).abs().max() <= 16 * unit * expected.abs().max()

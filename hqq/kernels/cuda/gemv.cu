@@ -175,8 +175,9 @@ HQQ_INLINE void put_squares(float* mine, const Lane& lane, const float (&squares
         float sum = squares[columns];
         sum += __shfl_xor_sync(FULL_WARP, sum, 1);
         sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+        // With several passes all slots hold the same inputs.
 #pragma unroll
-        for (int distance = 8 * COLUMN_TOKENS; distance < 32; distance *= 2)
+        for (int distance = 8 * COLUMN_TOKENS; distance < 32 && PASSES == 1; distance *= 2)
             sum += __shfl_xor_sync(FULL_WARP, sum, distance);
         float* to = mine + COLUMN_TOKENS * columns + lane.token;
         if (lane.c == 0 && lane.piece == 0 && lane.slot == 0) *to = first ? sum : *to + sum;

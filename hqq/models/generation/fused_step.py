@@ -14,10 +14,9 @@ from hqq.kernels.decode_advance import Rows
 from hqq.kernels.decode_attention import AttentionSpace, HeadNorm, decode_attention
 from hqq.kernels.decode_choose import ChoiceSpace, choose_next
 from hqq.kernels.decode_logits import Filters
-from hqq.kernels.decode_mlp import silu_mul
-from hqq.kernels.decode_norm import add_norm
 from hqq.kernels.decode_prompt import prompt_heads
-from hqq.models.generation.family import Family, Layer, Norm
+from hqq.models.generation.family import Family, Layer
+from hqq.models.generation.products import Stream
 from hqq.models.generation.prompt_attention import attend, prompt_mask
 from hqq.models.generation.sampling import Sampling
 
@@ -28,7 +27,9 @@ class _Layer:
 
     layer: Layer
     qkv: Projections
+    o: Projections
     gate_up: Projections
+    down: Projections
     heads: HeadNorm | None
     keys: Tensor
     values: Tensor
@@ -41,8 +42,9 @@ Attention = Callable[[_Layer, Tensor, Tensor, Tensor], Tensor]
 class FusedStep:
     """The step for a batch of texts in a static cache, and the pass over their prompts that begins to fill it.
 
-    Four kernels and four products for each layer; everything that a step reads or writes stays in place, so that a
-    CUDA graph can repeat it.
+    Four products and two kernels of attention for each layer, and the products bring norms, gate and sums along where
+    they are those of prepared weights; everything that a step reads or writes stays in place, so that a CUDA graph can
+    repeat it.
 
     Args:
         family: the model.
@@ -66,6 +68,7 @@ class FusedStep:
         device = family.device
         self._family = family
         self._layers = [_with_cache(layer, *pair) for layer, pair in zip(family.layers, cache, strict=True)]
+        self._to_logits = Projections((family.head,))
         self._cos, self._sin = family.rotation(length)
         self._space = AttentionSpace.make(batch, kv_heads, family.heads // kv_heads, head, length, device)
         self._space_to_choose: ChoiceSpace | None = None
@@ -92,28 +95,24 @@ class FusedStep:
             result = attend(queries, keys, values, masks[window], self._family.scale)
             return result.transpose(1, 2).reshape(rows * tokens, -1)
 
-        hidden, delta = self._through(input_ids.reshape(-1), attention)
-        last = slice(tokens - 1, None, tokens)
-        return self._head(hidden[last].contiguous(), delta[last].contiguous())
+        stream = self._through(input_ids.reshape(-1), attention)
+        return self._head(stream.at(slice(tokens - 1, None, tokens)))
 
     def logits(self, token: Tensor) -> Tensor:
         """Return the logits [B, V] after `token` [B, 1], which is in the cache then; `positions` stay as they are."""
-        return self._head(*self._through(token[:, 0], self._attention))
+        return self._head(self._through(token[:, 0], self._attention))
 
-    def _through(self, tokens: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
-        """Return what `tokens` [T] have become after all layers [T, K], and what is still to be added to it."""
-        hidden: Tensor = self._family.embedding(tokens)
-        delta: Tensor | None = None
+    def _through(self, tokens: Tensor, attention: Attention) -> Stream:
+        """Return what `tokens` [T] have become after all layers."""
+        stream = Stream(self._family.embedding(tokens))
         for layer in self._layers:
-            x = _normed(hidden, delta, layer.layer.before_attention)
-            delta = layer.layer.o(attention(layer, *layer.qkv(x)))
-            x = _normed(hidden, delta, layer.layer.before_mlp)
-            delta = layer.layer.down(silu_mul(*layer.gate_up(x)))
-        assert delta is not None
-        return hidden, delta
+            heads = stream.project(layer.layer.before_attention, layer.qkv)
+            stream = stream.plus(attention(layer, *heads), layer.o)
+            stream = stream.plus(stream.gated(layer.layer.before_mlp, layer.gate_up), layer.down)
+        return stream
 
-    def _head(self, hidden: Tensor, delta: Tensor) -> Tensor:
-        logits: Tensor = self._family.head(_normed(hidden, delta, self._family.norm))
+    def _head(self, stream: Stream) -> Tensor:
+        (logits,) = stream.project(self._family.norm, self._to_logits)
         return logits
 
     def advance(
@@ -157,8 +156,5 @@ def _with_cache(layer: Layer, keys: Tensor, values: Tensor) -> _Layer:
     heads = None
     if layer.q_norm is not None and layer.k_norm is not None:
         heads = HeadNorm(layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.eps)
-    return _Layer(layer, Projections(layer.qkv), Projections(layer.gate_up), heads, keys, values)
-
-
-def _normed(hidden: Tensor, delta: Tensor | None, norm: Norm) -> Tensor:
-    return add_norm(hidden, delta, norm.weight, norm.eps)
+    qkv, o, gate_up, down = map(Projections, (layer.qkv, (layer.o,), layer.gate_up, (layer.down,)))
+    return _Layer(layer, qkv, o, gate_up, down, heads, keys, values)

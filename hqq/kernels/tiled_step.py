@@ -1,0 +1,93 @@
+"""A product of a decoding step together with what a transformer does in front of it and behind it, in one kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hqq.errors import ShapeError
+from hqq.kernels.tiled_gemv import Norm, launch_gemv
+from hqq.kernels.tiled_gemv_config import GemvWork
+from hqq.kernels.tiled_op import aligned, check_operands, route_on
+from hqq.kernels.tiled_reference import dequantize_tiles
+from hqq.kernels.tiled_tune import gemv_config
+from hqq.kernels.tiled_weight import TiledWeight
+
+
+def takes(weight: TiledWeight, x: Tensor, gated: bool = False) -> bool:
+    """Whether `step_linear` is one kernel for x [M, K]: few tokens, on a GPU with the kernels; a gate with axis=1."""
+    fits = x.dtype == weight.dtype and x.device == weight.device and not (gated and weight.spec.axis == 0)
+    return fits and x.is_cuda and route_on(_work(weight, x.shape[0]), x.device) == "gemv"
+
+
+def step_linear(
+    x: Tensor,
+    weight: TiledWeight,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Return `y + residual`, y being `norm(x) @ W^T + bias` [M, N], or, if gated, `silu(gate) * other` [M, N / 2].
+
+    x [M, K] in the weight's dtype; the gate is the first half of the outputs. Sums in fp32, rounded once at the end.
+    Has no gradient. Without a GPU, or where `takes` says no, the same is computed in several steps.
+
+    Raises ShapeError, DtypeError or ConfigError (another device) for tensors that do not go with the weight.
+    """
+    N, K = weight.spec.shape
+    outputs = N // 2 if gated else N
+    check_operands(x, bias, weight.meta, N, K)
+    for name, tensor, expected in (
+        ("norm weight", norm.weight if norm else None, (K,)),
+        ("residual", residual, (x.shape[0], outputs)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != expected:
+            raise ShapeError(f"got a {name} of shape {tuple(tensor.shape)}; expected {expected}")
+    if not takes(weight, x, gated):
+        return _reference(x, weight, bias, norm, gated, residual)
+    work = _work(weight, x.shape[0])._replace(normed=norm is not None, gated=gated)
+    out = x.new_empty(x.shape[0], outputs)
+    launch_gemv(
+        work,
+        gemv_config(work, x.device),
+        aligned(x),
+        weight.codes,
+        weight.meta,
+        weight.rows,
+        None if bias is None else bias.contiguous(),
+        out,
+        None if norm is None else Norm(aligned(norm.weight), norm.eps),
+        None if residual is None else aligned(residual),
+    )
+    return out
+
+
+def _work(weight: TiledWeight, tokens: int) -> GemvWork:
+    N, K = weight.spec.shape
+    return GemvWork(weight.dtype, weight.bits, weight.spec.axis, weight.group_size, N, K, tokens)
+
+
+def _reference(
+    x: Tensor,
+    weight: TiledWeight,
+    bias: Tensor | None,
+    norm: Norm | None,
+    gated: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    """The definition, in fp32."""
+    N, K = weight.spec.shape
+    W = dequantize_tiles(
+        weight.codes, weight.meta, weight.rows, weight.bits, weight.spec.axis, weight.group_size, N, K
+    )
+    v = x.float()
+    if norm is not None:
+        v = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.float()
+    y = F.linear(v, W.float(), None if bias is None else bias.float())
+    if gated:
+        gate, other = y.chunk(2, dim=-1)
+        y = F.silu(gate) * other
+    return (y if residual is None else y + residual.float()).to(x.dtype)
