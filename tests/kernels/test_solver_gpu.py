@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -16,12 +15,13 @@ from hqq.core.bitpack import FORMAT_OF_BITS
 from hqq.core.config import BaseQuantizeConfig, QuantConfig
 from hqq.core.linear import HQQLinear
 from hqq.core.qtensor import QSpec
-from hqq.core.solvers import fused, get_solver
+from hqq.core.solvers import Solution, get_solver
 from hqq.core.solvers.min_max import solve_min_max
 from hqq.errors import WeightError
 from hqq.kernels.solve import solve_and_pack
 from hqq.models.quantize import quantize_model
 from tests.cases import BITS, DTYPES
+from tests.core.solvers.judged import as_good, doubt, errors
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,12 +48,6 @@ def spec_for(nbits: float, shape: tuple[int, int], group_size: int | None, axis:
     return QSpec(nbits, shape, group_size, axis, FORMAT_OF_BITS[nbits])
 
 
-def errors(matrix: Tensor, solution: Any, axis: int, storage: torch.dtype) -> Tensor:
-    codes, scale, zero = solution
-    scale, zero = scale.to(storage).double(), zero.to(storage).double()
-    return ((codes.double() - zero) * scale - matrix.double()).square().sum(axis)
-
-
 def check(W: Tensor, spec: QSpec, solver: str, storage: torch.dtype) -> None:
     """Compare the kernel with the torch reference on the same weight."""
     round_zero = spec.nbits == 4
@@ -69,29 +63,28 @@ def check(W: Tensor, spec: QSpec, solver: str, storage: torch.dtype) -> None:
         storage_dtype=storage,
     )
     found = solve(matrix)
-    codes = q.codes()
-    mine = errors(matrix, (codes, q.scale, q.zero), spec.axis, storage)
-    theirs = errors(matrix, found, spec.axis, storage)
+    assert isinstance(q.scale, Tensor) and isinstance(q.zero, Tensor)
+    made = Solution(q.codes(), q.scale, q.zero)
+    mine, theirs = (errors(matrix, solution, storage, dim=spec.axis) for solution in (made, found))
+    assert as_good(mine, theirs)
     if solver == "hqq":
-        assert (codes == found.codes).double().mean() >= 0.9995
-        assert mine.sum() <= theirs.sum() * (1 + 1e-4)
+        # The reference itself, given its groups in another order, parts from itself in 2 of 10^5 codes at 8 bits, and
+        # in fewer at less.
+        assert (made.codes == found.codes).double().mean() >= 0.9995
         return
     # Lattices that tie up to the rounding of sums lead the search to different ends. How often that happens, the
     # reference itself tells, given the same groups with their elements in another order.
     order = torch.randperm(spec.grouping.length, device=W.device)
     shuffled = matrix.index_select(spec.axis, order)
-    again = errors(shuffled, solve(shuffled), spec.axis, storage)
+    again = errors(shuffled, solve(shuffled), storage, dim=spec.axis)
     own = float(differs(again, theirs).sum())
     # Positions are rounded on the scale of the largest code here and on their own there, and a count of rare events
     # scatters by its root.
     assert differs(mine, theirs).sum() <= 4 * own + 6 * (4 * own) ** 0.5 + 10
-    # Which of two ends is better is chance: signs that fall at random add up to six roots of the squares in one case
-    # of 10^8 (Hoeffding).
-    difference = mine - theirs
-    assert difference.sum() <= 1e-4 * theirs.sum() + 6 * difference.square().sum().sqrt()
     plain = solve_min_max(matrix, spec.axis, spec.max_code, storage_dtype=storage)
-    least = errors(matrix, plain, spec.axis, storage)
-    assert bool((mine <= least * (1 + 1e-5) + matrix.double().square().sum(spec.axis) * 1e-12).all())
+    least = errors(matrix, plain, storage, dim=spec.axis)
+    unsure = [doubt(matrix, solution, storage, dim=spec.axis) for solution in (made, plain)]
+    assert bool((mine <= least + sum(unsure)).all())
 
 
 def differs(mine: Tensor, theirs: Tensor) -> Tensor:
@@ -231,16 +224,20 @@ def test_more_elements_than_32_bits_count(axis: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_layers_are_solved_by_the_kernel(solver: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_are_solved_by_the_kernel(solver: str, seed: int) -> None:
     linear = nn.Linear(512, 256, bias=False, dtype=torch.bfloat16)
     linear.weight.data = weights((256, 512), seed)
     config = BaseQuantizeConfig(nbits=4, group_size=64, axis=1, solver=solver)
     layer = HQQLinear(linear, config, del_orig=False, compute_dtype=torch.bfloat16, device=CUDA)
-    monkeypatch.setattr(fused, "_MODULES", {})
-    expected = HQQLinear(linear, config, del_orig=False, compute_dtype=torch.bfloat16, device=CUDA)
-    assert layer.W_q is not None and expected.W_q is not None
-    assert (layer.W_q == expected.W_q).double().mean() >= 0.99
-    monkeypatch.undo()
+    expected, _ = solve_and_pack(
+        linear.weight.detach().to(CUDA),
+        spec_for(4, (256, 512), 64, 1),
+        solver,
+        storage_dtype=torch.bfloat16,
+        round_zero=config["weight_quant_params"]["round_zero"],
+    )
+    assert layer.W_q is not None
+    assert torch.equal(layer.W_q, expected.W_q)
     with torch.no_grad():
         linear.weight[5, 7] = float("inf")
     with pytest.raises(WeightError, match="NaN or infinite"):

@@ -16,6 +16,7 @@ from hqq.core.solvers.als import solve_als
 from hqq.core.solvers.half_quadratic import solve_half_quadratic
 from hqq.core.solvers.min_max import solve_min_max
 from hqq.errors import ConfigError, ShapeError, WeightError
+from tests.core.solvers.judged import doubt, errors
 
 MAX_CODES = tuple(max_code(bits) for bits in SUPPORTED_BITS)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -28,31 +29,6 @@ def trained_like(groups: int, length: int, rng: torch.Generator) -> Tensor:
     chi_square = torch.randn(5, groups, length, generator=rng).square().mean(0)
     W = torch.randn(groups, length, generator=rng) / chi_square.sqrt()
     return 0.02 * W * torch.exp(0.5 * torch.randn(groups, 1, generator=rng))
-
-
-def errors(
-    W: Tensor, found: Solution, dtype: torch.dtype = torch.float32, weights: Tensor | None = None
-) -> Tensor:
-    """Squared error of each group (a row) in float64, with scale and zero as `dtype` holds them."""
-    scale, zero = (stat.to(dtype).double() for stat in (found.scale, found.zero))
-    squares = ((found.codes.double() - zero) * scale - W.double()).square()
-    return (squares if weights is None else squares * weights.double()).sum(1)
-
-
-def doubt(
-    W: Tensor, found: Solution, dtype: torch.dtype = torch.float32, weights: Tensor | None = None
-) -> Tensor:
-    """How far the solver's float32 may be from the squared error of each group on a lattice that it judges.
-
-    A residual has a difference, a product, another difference, a scaling and its scale rounded: 2 u of the lattice's
-    value and 3 u of itself; its square and weight another 3 u, and a sum of n squares n u.
-    """
-    u = torch.finfo(torch.float32).eps / 2
-    scale, zero = (stat.to(dtype).double() for stat in (found.scale, found.zero))
-    fitted = (found.codes.double() - zero) * scale
-    residual = (fitted - W.double()).abs()
-    terms = 4 * residual * fitted.abs() + (9 + W.shape[1]) * residual.square()
-    return u * (terms if weights is None else terms * weights.double()).sum(1)
 
 
 def no_worse(
