@@ -37,12 +37,14 @@ class Case(NamedTuple):
 
 CASES = {
     "8 bit, groups of 192": Case(8, 1, 192, 256, 384, 17, FP16, GemmConfig(32, depth=2, joint=2)),
+    "8 bit, axis 0": Case(8, 0, 32, 96, 128, 20, BF16, GemmConfig(32, depth=2, stages=2)),
     "4 bit, tiles of 32 features": Case(4, 1, 64, 512, 512, 70, BF16, GemmConfig(64, 2, 2, 3, 2, 3, 2)),
     "4 bit, axis 0, cluster": Case(
         4, 0, 64, 1024, 128, 40, BF16, GemmConfig(64, 1, 2, 2, stages=2, cluster=2), 2
     ),
     "4 bit, ragged N": Case(4, 1, 16, 100, 192, 20, FP16, GemmConfig(32, 1, 2, 3, stages=2)),
     "3 bit, axis 0, odd R": Case(3, 0, 32, 96, 100, 20, FP16, GemmConfig(16, depth=2, stages=2), 2),
+    "3 bit, several groups in a block": Case(3, 1, 16, 128, 512, 20, BF16, GemmConfig(32, depth=2, stages=2)),
     "2 bit, whole rows, odd K": Case(2, 1, None, 72, 101, 5, BF16, GemmConfig(16, 1, 2, 2, stages=2), 2),
     "1 bit, axis 0, two blocks of tokens": Case(
         1, 0, 64, 512, 512, 33, FP16, GemmConfig(32, depth=2, cluster=2, steps=1), 4
@@ -102,6 +104,20 @@ def test_joined_weights(axis: int, on_host: pytest.MonkeyPatch) -> None:
     found = product(weight, x, None, GemmConfig(32, 1, 2, 2, stages=2))
     for result, q in zip((found[:, :160], found[:, 160:]), parts, strict=True):
         assert relative_error(result, x.double() @ exact(q).T) <= LIMIT[FP16]
+
+
+@needs_compiler
+@pytest.mark.parametrize("power", [-60, 60])
+def test_size_of_scales_costs_no_bits(power: int, on_host: pytest.MonkeyPatch) -> None:
+    """In bfloat16 codes pass through subnormal numbers: a power of two in the scales is one in the results."""
+    on_host.setattr(tiled_gemm, "multiprocessors", lambda device: 3)
+    q = random_qtensor(8, 96, 128, 0, 32, BF16)
+    x = torch.randn(20, 128).bfloat16()
+    config = CASES["8 bit, axis 0"].config
+    found = product(TiledWeight.from_qtensor(q, BF16), x, None, config)
+    assert isinstance(q.scale, Tensor)
+    q.scale *= 2.0**power
+    assert torch.equal(product(TiledWeight.from_qtensor(q, BF16), x, None, config), found * 2.0**power)
 
 
 SHAPES = {
