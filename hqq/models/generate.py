@@ -19,7 +19,8 @@ from hqq.models.generation.compiled_runtime import (
     patch_model_for_compiled_runtime,
     unpatch_model_for_compiled_runtime,
 )
-from hqq.models.generation.decoder import Decoder, without_graphs
+from hqq.models.generation.compiling import without_graphs
+from hqq.models.generation.decoder import Decoder
 from hqq.models.generation.family import Family, take_apart
 from hqq.models.generation.loop import Loop, end_of
 from hqq.models.generation.prompts import Prompt, encode, left_padded, pad_token

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from hqq.errors import ConfigError
 from hqq.models.generation.accelerate_hooks import make_hooks_compilable
-from hqq.models.generation.decoder import without_graphs
+from hqq.models.generation.compiling import collection_paused, own_code, without_graphs
 from hqq.models.generation.prompts import in_template, pad_token
-from hqq.models.generation.transformers_cache import end_tokens
+from hqq.models.generation.transformers_cache import end_tokens, keep_in_place
 from hqq.models.text import model_device
 
 WARMUP_PROMPTS = (
@@ -26,6 +26,9 @@ WARMUP_PROMPTS = (
 )
 
 _ATTRIBUTE = "_hqq_compiled_runtime"
+# Lengths of caches are multiples of this: calls of about the same length share one graph, and CUDA's attention takes
+# the rows of a mask as they are.
+_CACHE_STEP = 64
 _COMPILE_OPTIONS: Mapping[str, Any] = {"mode": "reduce-overhead", "fullgraph": True}
 
 
@@ -57,7 +60,7 @@ def patch_model_for_compiled_runtime(
             it what it was.
         tokenizer: for the warm-up, which needs one; its end token becomes its padding token if it has none.
         warmup: generate from a few prompts, so that compilation is done.
-        max_new_tokens: of the warm-up. Cache and graph fit calls with as many tokens; others may compile again.
+        max_new_tokens: of the warm-up. Cache and graph fit calls of as many tokens; longer ones compile again.
         patch_accelerate: let the hooks of a model that accelerate dispatched compile (`make_hooks_compilable`); this
             stays when the rest is undone.
         pre_compile: compile here (then transformers' own compilation is off); None does so unless the model's
@@ -78,7 +81,13 @@ def patch_model_for_compiled_runtime(
     generation: Any = model.generation_config
     if pre_compile is None:
         pre_compile = getattr(generation, "compile_config", None) is None
-    settings = {"cache_implementation": "static", **({"disable_compile": True} if pre_compile else {})}
+    settings: dict[str, Any] = {"cache_implementation": "static"}
+    if pre_compile:
+        settings["disable_compile"] = True
+    prompts: list[Tensor] = []
+    if tokenizer is not None and warmup:
+        prompts = _warmup_prompts(tokenizer, model_device(model))
+        settings |= _cache_length(generation, prompts[0].shape[1] + max_new_tokens)
     before = _Before(
         vars(model).get("forward"),
         model.training,
@@ -95,11 +104,10 @@ def patch_model_for_compiled_runtime(
             make_hooks_compilable(model)
         options = _COMPILE_OPTIONS if compile_options is None else compile_options
         model.forward = _dispatching(model.forward, options, compile_prefill)
-    if tokenizer is not None:
-        if getattr(tokenizer, "pad_token", None) is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if warmup:
-            _warm_up(model, tokenizer, max_new_tokens)
+    if tokenizer is not None and getattr(tokenizer, "pad_token", None) is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if prompts:
+        _warm_up(model, prompts, pad_token(tokenizer, end_tokens(model, tokenizer)), max_new_tokens)
     return model
 
 
@@ -122,26 +130,50 @@ def _dispatching(
     forward: Callable[..., Any], options: Mapping[str, Any], compile_prefill: bool
 ) -> Callable[..., Any]:
     """Return `forward`, compiled for single tokens and, if asked for, for prompts."""
-    decode = torch.compile(forward, **options)
-    prefill = (
-        torch.compile(forward, **{**without_graphs(options), "dynamic": True}) if compile_prefill else forward
-    )
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    # Without code of its own, the forward pass would share transformers' decorators with every other model.
+    decode = torch.compile(own_code(call), **options)
+    prefill = forward
+    if compile_prefill:
+        prefill = torch.compile(own_code(call), **{**without_graphs(options), "dynamic": True})
 
     @functools.wraps(forward)  # transformers reads the signature
     def dispatch(*args: Any, **kwargs: Any) -> Any:
         ids = args[0] if args else kwargs.get("input_ids")
-        one = isinstance(ids, Tensor) and ids.shape[-1] == 1
-        return (decode if one else prefill)(*args, **kwargs)
+        if not isinstance(ids, Tensor) or ids.shape[-1] != 1:
+            out = prefill(*args, **kwargs)
+            if compile_prefill:
+                keep_in_place(kwargs.get("past_key_values"))
+            return out
+        with collection_paused():  # torch.compile records a CUDA graph for every new length
+            return decode(*args, **kwargs)
 
     return dispatch
 
 
+def _warmup_prompts(tokenizer: Any, device: torch.device) -> list[Tensor]:
+    """Return the tokens [1, M] of the prompts, the longest first: its cache is long enough for the others."""
+    texts: tuple[str, ...] = WARMUP_PROMPTS
+    if getattr(tokenizer, "chat_template", None):
+        texts = tuple(in_template(tokenizer, text) for text in texts)
+    ids = [tokenizer([text], return_tensors="pt")["input_ids"].to(device) for text in texts]
+    return sorted(ids, key=lambda prompt: -prompt.shape[1])
+
+
+def _cache_length(generation: Any, tokens: int) -> dict[str, int]:
+    """Return the setting by which every cache holds `tokens` at least; empty for a transformers without it."""
+    if not hasattr(generation, "max_cache_len"):
+        return {}
+    rounded = -(-tokens // _CACHE_STEP) * _CACHE_STEP
+    return {"max_cache_len": max(rounded, generation.max_cache_len or 0)}
+
+
 @torch.no_grad()
-def _warm_up(model: Any, tokenizer: Any, max_new_tokens: int) -> None:
-    device, pad = model_device(model), pad_token(tokenizer, end_tokens(model, tokenizer))
-    for prompt in WARMUP_PROMPTS:
-        text = in_template(tokenizer, prompt) if getattr(tokenizer, "chat_template", None) else prompt
-        ids = tokenizer([text], return_tensors="pt")["input_ids"].to(device)
+def _warm_up(model: Any, prompts: Sequence[Tensor], pad: int, max_new_tokens: int) -> None:
+    for ids in prompts:
         model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=pad
         )

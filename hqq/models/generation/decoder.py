@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hqq.errors import ConfigError
+from hqq.models.generation.compiling import Compile, collection_paused, own_code, without_graphs
 from hqq.models.generation.sampling import Sampling
 from hqq.models.generation.transformers_cache import CachedModel, empty_mask, vocabulary_size
 
@@ -19,11 +18,6 @@ if TYPE_CHECKING:
     from hqq.kernels.decode_advance import Rows
     from hqq.models.generation.family import Family
     from hqq.models.generation.fused_step import FusedStep
-
-Compile = Mapping[str, Any]
-
-# Modes of torch.compile that record CUDA graphs themselves -> the same without.
-_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
 class Decoder:
@@ -84,13 +78,13 @@ class Decoder:
         for buffer in self._buffers():
             # Or the graphs that torch.compile records would copy what the step changes in place.
             torch._dynamo.mark_static_address(buffer)
-        self._step = torch.compile(_own_code(self._one_step), **{"dynamic": False, **options})
+        self._step = torch.compile(own_code(self._one_step), **{"dynamic": False, **options})
         self._compiled = True
 
     def compile_prefill(self, options: Compile) -> None:
         """Compile the pass over the prompt as well, for all prompt lengths."""
         options = {**without_graphs(options), "dynamic": True}
-        self._prefill = torch.compile(_own_code(self.model.__call__), **options)
+        self._prefill = torch.compile(own_code(self.model.__call__), **options)
         self._allocate()
 
     def fuse(self, family: Family) -> None:
@@ -165,6 +159,9 @@ class Decoder:
             self._capture()
         if self._graph is not None:
             self._graph.replay()
+        elif self._compiled:
+            with collection_paused():  # torch.compile may record a CUDA graph in any of the first calls
+                self._step()
         else:
             self._step()
         return self.token
@@ -225,42 +222,9 @@ class Decoder:
                 self._step()
                 put_back()
         torch.cuda.current_stream().wait_stream(stream)
+        gc.collect()
         graph = torch.cuda.CUDAGraph()
-        with _without_collection(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with collection_paused(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         put_back()
         self._graph, self._to_capture = graph, False
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Collect garbage now and not within the context: a graph that goes away would end the recording of another."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def without_graphs(options: Compile) -> dict[str, Any]:
-    """Return torch.compile's `options` with a mode that records no CUDA graphs itself."""
-    mode = options.get("mode")
-    return {**options, "mode": _WITHOUT_GRAPHS[mode]} if mode in _WITHOUT_GRAPHS else dict(options)
-
-
-def _own_code(method: Any) -> Callable[..., Any]:
-    """Return `method` with a code object of its own.
-
-    torch.compile keeps its graphs, and the limit of how many there may be, by code object: decoders of other models,
-    batches and lengths would use up each other's.
-    """
-    function = method.__func__
-    code = function.__code__.replace()
-    own = FunctionType(
-        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-    bound: Callable[..., Any] = own.__get__(method.__self__)
-    return bound

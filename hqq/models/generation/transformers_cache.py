@@ -103,6 +103,17 @@ def _without_window(layer: Any, length: int) -> Any:
     return StaticLayer(max_cache_len=length) if slides else layer
 
 
+def keep_in_place(cache: Any) -> None:
+    """Tell torch.compile that the tensors of a cache stay where they are, as transformers does where it allocates them.
+
+    It does not where a compiled graph allocates them, and CUDA graphs do not change tensors that may move.
+    """
+    for layer in getattr(cache, "layers", ()):
+        for tensor in (getattr(layer, name, None) for name in ("keys", "values", "cumulative_length")):
+            if isinstance(tensor, Tensor):
+                torch._dynamo.mark_static_address(tensor)
+
+
 def context_length(model: nn.Module) -> int | None:
     """Return how many positions the model was made for, or None if its configuration does not say."""
     config: Any = getattr(model, "config", None)
