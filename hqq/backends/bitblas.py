@@ -1,4 +1,4 @@
-"""The kernels that BitBLAS generates for 8, 4, 2 and 1 bits."""
+"""The kernels that BitBLAS generates for 4, 2 and 1 bits."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ from hqq.errors import BackendError
 # The numbers of tokens that kernels are generated for; others are served by the next.
 _TOKENS = (1, 16, 32, 64, 128, 256, 512)
 _MULTIPLE = 16
-# Bits of a code as stored here -> as BitBLAS takes them.
-_BITS = {8: 8, 4: 4, 3: 4, 2: 2, 1: 1}
+# Bits of a code as stored here -> as BitBLAS takes them. Of 8 bits it stores all as signed, and not all of its kernels
+# read them as unsigned again.
+_BITS = {4: 4, 3: 4, 2: 2, 1: 1}
+_GROUP_SIZES = (32, 64, 128, 256)
 
 
 class BitblasWeight(ForeignWeight):
-    """A weight for a `bitblas.Matmul`, W = (q - zero) * scale, which sums in float16."""
+    """A weight for a `bitblas.Matmul`, W = (q - zero) * scale, which sums in float16.
+
+    torch.compile cannot see into it: a compiled model has a graph break here.
+    """
 
     backend = "bitblas"
 
@@ -36,7 +41,9 @@ class BitblasWeight(ForeignWeight):
         codes = flat.spec.grouping.ungroup(flat.codes(torch.uint8)).contiguous().view(torch.int8)
         assert isinstance(flat.scale, Tensor) and isinstance(flat.zero, Tensor)
         scale, zero = (stat.reshape(N, -1).contiguous() for stat in (flat.scale, flat.zero))
-        self.register_buffer("packed", self.matmul_of_library.transform_weight(codes), persistent=False)
+        with torch.cuda.device(q.device):  # where it puts what it makes
+            packed = self.matmul_of_library.transform_weight(codes)
+        self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("s", scale, persistent=False)
         self.register_buffer("z", zero, persistent=False)
 
@@ -46,9 +53,10 @@ class BitblasWeight(ForeignWeight):
 
     def multiply(self, x: Tensor) -> Tensor:
         N, K = self.spec.shape
-        y: Tensor = self.matmul_of_library(
-            x.reshape(-1, K).contiguous(), self.packed, scale=self.s, zeros=self.z
-        )
+        with torch.cuda.device(x.device):  # of whose stream it asks
+            y: Tensor = self.matmul_of_library(
+                x.reshape(-1, K).contiguous(), self.packed, scale=self.s, zeros=self.z
+            )
         return y.reshape(*x.shape[:-1], N)
 
 
@@ -78,7 +86,7 @@ def _operator(N: int, K: int, bits: int, group_size: int) -> Any:
 
 
 class BitblasBackend:
-    """8 to 1 bits (3 kept as 4), axis 1, float16."""
+    """4 to 1 bits (3 kept as 4), axis 1, groups of 32, 64, 128, 256 or whole rows, float16."""
 
     name = "bitblas"
 
@@ -91,8 +99,14 @@ class BitblasBackend:
             return reason
         if compute_dtype != torch.float16:
             return f"BitBLAS is used in float16, not in {compute_dtype}"
-        if any(extent % _MULTIPLE for extent in (*spec.shape, spec.grouping.length)):
-            return f"BitBLAS takes multiples of {_MULTIPLE} outputs, inputs and weights in a group"
+        assert spec.format is not None
+        if spec.format.bits not in _BITS:
+            return f"BitBLAS is used for 4 bits and less, not for codes of {spec.format.bits}"
+        size = spec.grouping.length
+        if size not in _GROUP_SIZES and size != spec.shape[1]:
+            return f"BitBLAS takes groups of 32, 64, 128, 256 or whole rows, not of {size}"
+        if any(extent % _MULTIPLE for extent in spec.shape):
+            return f"BitBLAS takes multiples of {_MULTIPLE} outputs and inputs, not {spec.shape}"
         return None
 
     def prepare(self, q: QTensor, dtype: torch.dtype) -> BitblasWeight:

@@ -48,6 +48,8 @@ class MarlinWeight(ForeignWeight):
         self.register_buffer("offset", ((half - zero.float()) * scale.float()).to(dtype), persistent=False)
         self.register_buffer("nothing", nothing, persistent=False)
         self.register_buffer("workspace", marlin.workspace(q.device), persistent=False)
+        # Held here, since torch.compile would trace the search for the library.
+        self._linear, self._type = marlin.linear, marlin.types[self.bits]
 
     packed: Tensor
     s: Tensor
@@ -58,8 +60,7 @@ class MarlinWeight(ForeignWeight):
     def multiply(self, x: Tensor) -> Tensor:
         N, K = self.spec.shape
         rows = x.reshape(-1, K).contiguous()
-        marlin = _library()
-        y = marlin.linear(
+        y = self._linear(
             input=rows,
             weight=self.packed,
             weight_scale=self.s,
@@ -67,7 +68,7 @@ class MarlinWeight(ForeignWeight):
             g_idx=self.nothing,
             g_idx_sort_indices=self.nothing,
             workspace=self.workspace,
-            wtype=marlin.types[self.bits],
+            wtype=self._type,
             output_size_per_partition=N,
             input_size_per_partition=K,
             is_k_full=True,
