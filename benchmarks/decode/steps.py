@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,7 +77,7 @@ def breakdown(generator: HFGenerator, token: torch.Tensor, steps: int = 4) -> di
         torch.cuda.synchronize()
     events = [e for e in profiler.events() if e.device_type.name == "CUDA"]
     spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in events if "Memcpy" not in e.name)
-    kinds = _named([_kind(name) for _, _, name in spans])
+    kinds = named([_kind(name) for _, _, name in spans])
     shares: dict[str, float] = {}
     counts: dict[str, int] = {}
     before = spans[0][0]
@@ -96,21 +97,37 @@ def _kind(name: str) -> str | None:
     return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, name)), None)
 
 
-# The kernels of other kinds before and after a product -> which product it is.
+# The kernels of other kinds before and after products -> which products they are, in their order. Norms and activations
+# may be kernels of their own or part of the products.
 _PRODUCTS = {
-    ("norm", "attention"): "qkv",
-    ("attention", "norm"): "o",
-    ("join", "norm"): "o",
-    ("norm", "activation"): "gate_up",
-    ("activation", "norm"): "down",
-    ("norm", "choice"): "lm_head",
+    ("norm", "attention"): ("qkv",),
+    ("embedding", "attention"): ("qkv",),
+    ("join", "norm"): ("o",),
+    ("join", "activation"): ("o", "gate_up"),
+    ("join", "attention"): ("o", "gate_up", "down", "qkv"),
+    ("join", "choice"): ("o", "gate_up", "down", "lm_head"),
+    ("norm", "activation"): ("gate_up",),
+    ("activation", "norm"): ("down",),
+    ("activation", "attention"): ("down", "qkv"),
+    ("activation", "choice"): ("down", "lm_head"),
+    ("norm", "choice"): ("lm_head",),
 }
 
 
-def _named(kinds: Sequence[str | None]) -> list[str]:
-    names = []
-    for place, kind in enumerate(kinds):
-        before = next((k for k in reversed(kinds[:place]) if k is not None), "")
-        after = next((k for k in kinds[place + 1 :] if k is not None), "")
-        names.append(kind if kind is not None else _PRODUCTS.get((before, after), "other"))
+def named(kinds: Sequence[str | None]) -> list[str]:
+    """Return the kinds with the products among them, which are None, named by what stands around them.
+
+    Where several products stand together, each takes an equal number of kernels, or they are "products".
+    """
+    names: list[str] = []
+    for known, run in groupby(range(len(kinds)), key=lambda place: kinds[place] is not None):
+        places = list(run)
+        if known:
+            names += [kinds[place] or "" for place in places]
+            continue
+        before, after = kinds[places[0] - 1] if places[0] else None, (*kinds, None)[places[-1] + 1]
+        before = "join" if before == "attention" else before  # there is nothing to join in a short cache
+        these = _PRODUCTS.get((before or "", after or ""), ("other",))
+        each, left = divmod(len(places), len(these))
+        names += ["products"] * len(places) if left else [name for name in these for _ in range(each)]
     return names

@@ -37,8 +37,8 @@ def cases() -> Iterator[Case]:
             for axis in (1, 0):
                 yield Case(1, N, K, bits, axis)
     for M in (*FEW[1:], *MANY):
-        for bits in (4, 2) if M <= 256 else (4,):
-            for axis in (1, 0):
+        for bits in (4, 2, 8, 3, 1) if M <= 256 else (4,):
+            for axis in (1, 0) if bits in (4, 2) else (1,):
                 yield Case(M, *SHAPES[0], bits, axis)
     for N, K in SHAPES[1:]:
         for M in (1, 16, 64, 256, 4096):
