@@ -20,7 +20,7 @@ from hqq.kernels import solve
 from hqq.kernels.solve_config import SolveConfig, candidates
 from tests.cases import BITS, DTYPES, LAYOUTS, Layout
 from tests.core.solvers import judged
-from tests.core.solvers.half_quadratic import restated
+from tests.core.solvers.half_quadratic import restated, undecided
 
 # numpy's warnings in the interpreter, where a GPU computes infinity or NaN and the kernel sorts it out.
 pytestmark = pytest.mark.filterwarnings(
@@ -109,29 +109,49 @@ def errors(
 
 
 def assert_agrees(
-    q: QTensor, found: Solution, W: Tensor, spec: QSpec, solver: str, storage: torch.dtype = torch.float32
+    q: QTensor,
+    found: Solution,
+    W: Tensor,
+    spec: QSpec,
+    solver: str,
+    storage: torch.dtype = torch.float32,
+    round_zero: bool = False,
 ) -> None:
-    """Same codes up to ties (also between whole lattices), same errors."""
+    """Same codes but where rounding decides, and errors as good."""
     q.check()
     codes = q.codes()
     assert isinstance(q.scale, Tensor) and isinstance(q.zero, Tensor)
     mine = errors(W, spec, codes, q.scale, q.zero, storage)
     theirs = errors(W, spec, found.codes, found.scale, found.zero, storage)
     assert judged.as_good(mine, theirs)
-    if solver == "als" and spec.max_code >= NOISY_FROM:
-        return
     other = (codes != found.codes).any(spec.axis)
-    # Sums in another order: a few ulps of a group's sum of squares.
-    slack = 1e-12 * spec.grouping.group(W.double()).square().sum(spec.axis)
-    tied = (mine - theirs).abs() <= 1e-5 * theirs + slack
-    # A tie may send the search of a group elsewhere.
-    assert (other & ~tied).sum() <= max(1, 0.01 * other.numel())
     if solver == "hqq":
-        assert (codes == found.codes).double().mean() >= 0.998
+        start = min_max_lattice(
+            spec.grouping.group(W.float()),
+            spec.axis,
+            spec.max_code,
+            round_zero=round_zero,
+            storage_dtype=storage,
+        )
+        tied = hangs_on_rounding(spec.grouping.group(W.float()), start, spec.axis, spec.max_code)
+        assert not bool((other & ~tied.flatten()).any())
+    elif spec.max_code < NOISY_FROM:
+        # Sums in another order: a few ulps of a group's sum of squares.
+        slack = 1e-12 * spec.grouping.group(W.double()).square().sum(spec.axis)
+        tied = (mine - theirs).abs() <= 1e-5 * theirs + slack
+        # A tie may send the search of a group elsewhere: at 4 bits one in 1000, at fewer none of 13000.
+        assert int((other & ~tied).sum()) <= 3 + 0.05 * other.numel()
     if not other.any():
         fmt = spec.format
         assert fmt is not None
         assert torch.equal(q.W_q, pack(found.codes, fmt))  # padding included
+
+
+def hangs_on_rounding(matrix: Tensor, start: Lattice, dim: int, max_code: int) -> Tensor:
+    """Which groups, as `start`'s statistics, the half-quadratic iteration leaves to how float32 rounds."""
+    W, inverse_scale = matrix.numpy(), start.inverse_scale.numpy()
+    zero, tied = restated(W, inverse_scale, start.zero.numpy(), dim, max_code)[-1]
+    return torch.from_numpy(tied | undecided(W, inverse_scale, zero, dim, max_code))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -144,7 +164,8 @@ def test_all_bits(nbits: float, axis: int, solver: str, rng: torch.Generator, de
     spec = spec_for(nbits, tuple(W.shape), 64, axis)
     round_zero = nbits == 4
     q = run(W, spec, solver, device, storage=storage, round_zero=round_zero)
-    assert_agrees(q, reference(W, spec, solver, storage, round_zero), W, spec, solver, storage)
+    found = reference(W, spec, solver, storage, round_zero)
+    assert_agrees(q, found, W, spec, solver, storage, round_zero)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -235,8 +256,7 @@ def test_strange_groups(
     # hangs on the sum over all groups. So single groups may differ, but not what all of them lose together. Group 3 is
     # left out: at the least step that there is, the search has no room.
     share = [k for k in range(4, len(W)) if float(size[k]) > 0]
-    lost, reference_lost = (float((part[share] / size[share]).sum()) for part in (mine, theirs))
-    assert lost <= 1.1 * reference_lost + 1e-6, (mine, theirs)
+    assert judged.as_good(mine[share] / size[share], theirs[share] / size[share]), (mine, theirs)
 
 
 @pytest.mark.parametrize("storage", DTYPES, ids=str)
@@ -291,11 +311,11 @@ def assert_zeros_agree(q: QTensor, found: Solution, matrix: Tensor, start: Latti
     """Assert that the zeros are the reference's, but in groups where rounding decides; return the iterations."""
     assert isinstance(q.zero, Tensor)
     max_code = q.spec.max_code
-    trajectory = restated(matrix.numpy(), start.inverse_scale.numpy(), start.zero.numpy(), dim, max_code)
     # Means of up to 32 numbers, twice, of the size of zeros and codes.
     allowed = 2 * 32 * 2.0**-24 * (found.zero.abs() + max_code)
-    assert bool((((q.zero - found.zero).abs() <= allowed) | torch.from_numpy(trajectory[-1][1])).all())
-    return len(trajectory)
+    tied = hangs_on_rounding(matrix, start, dim, max_code)
+    assert bool((((q.zero - found.zero).abs() <= allowed) | tied).all())
+    return len(restated(matrix.numpy(), start.inverse_scale.numpy(), start.zero.numpy(), dim, max_code))
 
 
 def test_half_quadratic_stops_where_the_reference_does(rng: torch.Generator, device: torch.device) -> None:

@@ -8,6 +8,21 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 
 
+def undecided(W: Array, inverse_scale: Array, zero: Array, dim: int, max_code: int) -> NDArray[np.bool_]:
+    """Which groups have a value in the middle between two codes, as nearly as float32 tells.
+
+    A place is off by the rounding of its product and sum, and by its zero's: a mean of n differences of numbers up to
+    max_code, which themselves are of the zero's size and whose sums round either way: six roots of n cover them.
+    """
+    place = W.astype(np.float64) * inverse_scale + zero
+    in_mean = max_code + 6 * W.shape[dim] ** 0.5 * (np.abs(zero) + 1)
+    unsure = 2.0**-24 * (2 * np.abs(W * inverse_scale) + np.abs(zero) + in_mean)
+    inside = (place > -unsure) & (place < max_code + unsure)
+    near = np.abs(place - np.floor(place) - 0.5) <= unsure
+    found: NDArray[np.bool_] = (inside & near).any(axis=dim, keepdims=True)
+    return found
+
+
 def restated(
     W: Array,
     inverse_scale: Array,
@@ -28,12 +43,7 @@ def restated(
     best = np.inf
     tied = np.zeros(zero.shape, dtype=bool)
     for _ in range(steps):
-        place = W.astype(np.float64) * inverse_scale + zero
-        # The product and the sum are rounded, and the zero comes from a mean of as many numbers as a group has.
-        unsure = 2.0**-24 * (2 * np.abs(W * inverse_scale) + W.shape[dim] * (np.abs(zero) + max_code))
-        inside = (place > -0.5 - unsure) & (place < max_code + 0.5 + unsure)
-        near = np.abs(np.abs(place - np.floor(place)) - 0.5) <= unsure
-        tied = tied | (inside & near).any(axis=dim, keepdims=True)
+        tied = tied | undecided(W, inverse_scale, zero, dim, max_code)
         codes = np.clip(np.round(W * inverse_scale + zero), 0, max_code)
         fitted = (codes - zero) / inverse_scale
         with np.errstate(divide="ignore"):
