@@ -156,7 +156,8 @@ class Decoder:
         self._room -= 1
         self._draw()
         if self._to_capture:
-            self._capture()
+            with torch.cuda.device(self.token.device):  # whose streams the step runs on
+                self._capture()
         if self._graph is not None:
             self._graph.replay()
         elif self._compiled:
@@ -224,7 +225,7 @@ class Decoder:
         torch.cuda.current_stream().wait_stream(stream)
         gc.collect()
         graph = torch.cuda.CUDAGraph()
-        with collection_paused(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with collection_paused(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._step()
         put_back()
         self._graph, self._to_capture = graph, False

@@ -16,6 +16,9 @@ from hqq import load_quantized, quantize_model, save_quantized
 from hqq.core.config import QuantConfig
 from hqq.core.quantize import BaseQuantizeConfig
 from hqq.engine.hf import AutoHQQHFModel
+from hqq.models.generate import HFGenerator
+from tests.choices import check_texts
+from tests.cli.tiny_lm import byte_tokenizer, write_folder
 from tests.integrations.transformers.models import experts, inputs, logits, open_model, quantized, save
 
 ONE, TWO = "cuda:0", "cuda:1"
@@ -168,6 +171,25 @@ def test_quantised_cache(axis: int, folders: Any) -> None:
         return generate(model, given, cache_implementation="quantized", cache_config=dict(settings))
 
     assert torch.equal(tokens(split).to(ONE), tokens(alone))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # its advice
+@pytest.mark.parametrize("compiled", [None, "partial"])
+def test_graphs_on_the_second_gpu(compiled: str | None, tmp_path: Path, seed: int) -> None:
+    """The current device is the first one, on whose streams nothing happens."""
+    folder = write_folder(tmp_path, seed, max_position_embeddings=128)
+    model = open_model(folder, torch.float32, device_map=TWO, quantization_config=config())
+    tokenizer = byte_tokenizer()
+    generator = HFGenerator(model, tokenizer, 20, compile=compiled, eos_token_id=())
+    generator.enable_cuda_graph()
+    prompts = ["hello", "a longer prompt"]
+    texts = [generator.generate(prompt, use_chat_template=False)["output_tokens"] for prompt in prompts]
+    assert torch.cuda.current_device() == 0
+    assert [len(text) for text in texts] == [20, 20]
+    check_texts(
+        model, [tokenizer(prompt)["input_ids"] for prompt in prompts], [text.tolist() for text in texts]
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
