@@ -468,12 +468,13 @@ class TestPeft:
         merged = model.merge_and_unload()
         assert len(quantized(merged)) == len(codes)
         found = next(layer for n, layer in quantized(merged).items() if n.endswith(name))
-        # The sum is quantised anew: off by at most one step of the widest group, and the roundings of the dtype.
+        # The sum is quantised anew: no group of 32 is off by more, in the sum of squares, than half a step of the
+        # widest group in each, and a weight by no more than all of that; and the roundings of the dtype.
         step = (
             float(W.reshape(-1, 32).aminmax(dim=1).max.sub(W.reshape(-1, 32).aminmax(dim=1).min).max()) / 255
         )
         slack = 4 * torch.finfo(dtype).eps * float(W.abs().max())
-        assert float((found.dequantize().float() - W).abs().max()) <= step + slack
+        assert float((found.dequantize().float() - W).abs().max()) <= 32**0.5 / 2 * step + slack
 
 
 class TestExperts:
@@ -507,11 +508,22 @@ class TestExperts:
             assert torch.equal(logits(model, given), expected)
         assert torch.equal(expected, logits(make_dense(model), given))
 
+    @staticmethod
+    @torch.no_grad()
+    def decided(model: Any) -> dict[str, torch.Tensor]:
+        """Inputs whose tokens choose two experts by more than rounding: sums in another order choose the same."""
+        while True:
+            given = inputs(model)
+            scores = torch.cat(model(**given, output_router_logits=True).router_logits)
+            second, third = scores.topk(3).values[:, 1:].unbind(-1)
+            if float((second - third).min()) > 2.0**-12 * float(scores.abs().max()):
+                return given
+
     @pytest.mark.skipif(not FUSED, reason="experts are linear layers before transformers 5")
     @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
     def test_every_implementation_computes_the_same(self, implementation: str, folders: Any) -> None:
         model = open_model(folders("mixtral"), torch.float32, quantization_config=config(4))
-        given = inputs(model)
+        given = self.decided(model)
         expected = logits(model, given)
         model.set_experts_implementation(implementation)
         found = logits(model, given)
