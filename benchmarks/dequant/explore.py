@@ -6,7 +6,7 @@ Run: python -m benchmarks.dequant.explore --out FOLDER [--open] [--bits 8,4,3,2,
 Prints each case's configurations, fastest first, as times over the floor (median, least and most of several captures;
 microseconds for short runs), the shipped one marked, and writes FOLDER/dequant_explore.json. Names are
 block/warps/steps and, after a letter each, stripe, burst@distance, Phase, cs for streaming, resident, turning, outer,
-overlap (see `Config`). In the interpreter tensors are tiny and nothing is timed; results are checked in both.
+grid, overlap (see `Config`). In the interpreter tensors are tiny and nothing is timed; results are checked in both.
 """
 
 from __future__ import annotations
@@ -45,7 +45,13 @@ def name_of(config: Config) -> str:
     name += f" P{config.phase}" if config.phase else ""
     name += ("", " cs", " cs2")[config.streaming]
     name += f" r{config.resident}" if config.resident else ""
-    return name + " turning" * config.turning + " outer" * config.outer + f" o{config.overlap}"
+    return (
+        name
+        + " turning" * config.turning
+        + " outer" * config.outer
+        + " grid" * config.grid
+        + f" o{config.overlap}"
+    )
 
 
 def tensor_of(case: Case) -> QTensor:

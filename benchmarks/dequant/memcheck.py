@@ -42,7 +42,7 @@ _SHAPES: tuple[tuple[Shape, int | None], ...] = (
 _CONFIGS: tuple[tuple[int, ...] | None, ...] = (
     None,
     (64, 2, 2, 2, 3, 1, 1, 4),
-    (64, 1, 1, 2, 2, 4, 1, 3, 4, 6, 1, 1),
+    (64, 1, 1, 2, 2, 4, 1, 3, 4, 6, 1, 1, 1),
 )
 
 
@@ -72,7 +72,7 @@ class Recorder:
             {
                 "name": compiled.metadata.name,
                 "cubin": _text(compiled.asm["cubin"]),
-                "grid": grid[0],
+                "grid": [*grid, 1, 1][:3],
                 "threads": 32 * compiled.metadata.num_warps,
                 "shared": compiled.metadata.shared,
                 "parameters": parameters,

@@ -81,7 +81,7 @@ def replay(driver: Driver, launch: dict[str, Any], shrink: int = 0) -> None:
     values += [_Pointer(), _Pointer()]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     with driver.function(base64.b64decode(launch["cubin"]), launch["name"]) as function:
-        sizes = (launch["grid"], 1, 1, launch["threads"], 1, 1, launch["shared"])
+        sizes = (*launch["grid"], launch["threads"], 1, 1, launch["shared"])
         driver.call("cuLaunchKernel", function, *sizes, None, pointers, None)
         driver.call("cuCtxSynchronize")
     found = driver.download(result, len(expected))

@@ -103,7 +103,7 @@ def open_questions() -> list[Case]:
     few_fields = tuple(_few_fields())
     columns = tuple(_columns_again(16, 1024))
     wide = tuple(_columns_again(0, 0))
-    asked = tuple(_small_asked())
+    asked, small_columns = tuple(_small_asked()), tuple(_small_columns())
     return [
         Case(LARGE, 1, 0, columns),
         Case(LARGE, 2, 0, columns),
@@ -118,14 +118,10 @@ def open_questions() -> list[Case]:
         Case(SMALL, 1, 1, asked),
         Case(SMALL, 2, 1, asked),
         Case(SMALL, 3, 1, asked),
-        Case(
-            SMALL,
-            4,
-            0,
-            (Config(1024, 4, 3, overlap=4, outer=1), Config(1024, 4, 2, overlap=4)),
-            quantised=True,
-        ),
-        Case(SMALL, 1, 0, tuple(Config(2048, 8, steps, overlap=4) for steps in (1, 2))),
+        Case(SMALL, 4, 0, small_columns),
+        Case(SMALL, 4, 0, (*small_columns, small_columns[0]._replace(outer=1)), quantised=True),
+        Case(SMALL, 2, 0, small_columns),
+        Case(SMALL, 1, 0, small_columns),
         Case(LARGE, 4, 0, tuple(_halved(wide)), dtype=torch.float32),
     ]
 
@@ -141,19 +137,22 @@ def _few_fields() -> Iterator[Config]:
 
 
 def _columns_again(burst: int, distance: int) -> Iterator[Config]:
-    base = Config(1024, 4, 1, 1792, burst, distance, 1)
-    for resident in (10, 8, 5):
+    dividing = Config(1024, 4, 1, 1792, burst, distance, 1)
+    yield dividing
+    base = dividing._replace(grid=1)
+    yield base
+    for resident in (12, 8, 5):
         yield base._replace(resident=resident)
     # With half as many programs under way, a stripe half as wide still keeps them all within two rows.
     yield base._replace(resident=8, stripe=896)
     yield base._replace(turning=1)
     yield base._replace(turning=1, stripe=3584)
     yield base._replace(streaming=2)
-    yield base._replace(streaming=2, turning=1)
+    yield base._replace(overlap=2)
     # Scale and zero read once for two or four rows, at as many results per program.
-    for block, warps, steps in ((512, 2, 2), (512, 2, 4), (256, 1, 4)):
-        yield Config(block, warps, steps, 1792 * 1024 // block, streaming=1)
-    yield Config(512, 2, 2, 3584, 16, 1024, 1)
+    for block, warps, steps in ((1024, 4, 2), (512, 2, 2), (512, 2, 4), (256, 1, 4)):
+        yield Config(block, warps, steps, 1792 * 1024 // block, streaming=1, grid=1)
+    yield Config(512, 2, 2, 3584, 16, 1024, 1, grid=1)
     yield base._replace(burst=0 if burst else 16, distance=0 if burst else 1024)
 
 
@@ -178,6 +177,12 @@ def _small_asked() -> Iterator[Config]:
         yield Config(block, warps, steps, overlap=4)
     yield Config(2048, 4, 1, overlap=2)
     yield Config(2048, 4, 1, streaming=1, overlap=4)
+
+
+def _small_columns() -> Iterator[Config]:
+    for block, warps, steps in ((1024, 4, 3), (1024, 4, 2), (2048, 8, 2), (2048, 8, 1)):
+        yield Config(block, warps, steps, overlap=4, grid=1)
+    yield Config(2048, 8, 2, overlap=2, grid=1)
 
 
 def _halved(configs: tuple[Config, ...]) -> Iterator[Config]:

@@ -34,6 +34,8 @@ class Config(NamedTuple):
     last are used first.
     `outer`: 1 has the first program ask for the scales and zeros of quantised scales and zeros, where programs ask for
     their inputs before they wait (overlap 3 and 4).
+    `grid`: 1 has the GPU number the programs of groups that are columns by column, row and stripe, where 0 has each of
+    them divide; the order is the same.
     """
 
     block: int
@@ -48,9 +50,10 @@ class Config(NamedTuple):
     resident: int = 0
     turning: int = 0
     outer: int = 0
+    grid: int = 0
 
 
-_LIMITS = Config(_LARGEST_BLOCK, 32, _MOST_STEPS, _LARGEST, 1024, _LARGEST, 2, 4, _LARGEST, 32, 1, 1)
+_LIMITS = Config(_LARGEST_BLOCK, 32, _MOST_STEPS, _LARGEST, 1024, _LARGEST, 2, 4, _LARGEST, 32, 1, 1, 1)
 # Programs are kept out by the shared memory that the others reserve. One can have 48 KiB of 228, and needs some itself.
 _LEAST_RESIDENT = 5
 

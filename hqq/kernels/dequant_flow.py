@@ -42,6 +42,12 @@ def reserve_shared(pid, RESERVE: tl.constexpr):
 
 
 @triton.jit
+def number_of(row_blocks, stripe):
+    """Number of this program in a grid of columns, rows and stripes, in the order in which the GPU starts them."""
+    return (tl.program_id(2) * row_blocks + tl.program_id(1)) * stripe + tl.program_id(0)
+
+
+@triton.jit
 def block_of(pid, blocks, row_blocks, stripe, STRIPED: tl.constexpr, TURNING: tl.constexpr):
     """Row and column, in blocks, of program `pid`, and whether the row is gone through backwards.
 
@@ -52,7 +58,12 @@ def block_of(pid, blocks, row_blocks, stripe, STRIPED: tl.constexpr, TURNING: tl
         within, width = pid - first * row_blocks, tl.minimum(stripe, blocks - first)
     else:
         first, within, width = 0, pid, blocks
-    row, column = within // width, within % width
+    return turned(within // width, first, within % width, width, TURNING)
+
+
+@triton.jit
+def turned(row, first, column, width, TURNING: tl.constexpr):
+    """What `block_of` returns, for column `column` of a row of a stripe that starts at `first`."""
     if TURNING:
         backwards = row % 2 == 1
         column = tl.where(backwards, width - 1 - column, column)

@@ -20,12 +20,14 @@ from hqq.kernels.dequant_asm import FOUR_BYTES_CONSTRAINTS
 from hqq.kernels.dequant_flow import (
     asker_of,
     block_of,
+    number_of,
     prefetch_codes,
     prefetch_columns,
     prefetch_groups,
     prefetch_outer,
     reserve_shared,
     start_next,
+    turned,
     wait_for_previous,
 )
 from hqq.kernels.rounding import rounded
@@ -196,6 +198,7 @@ def dequantize_kernel(
     RESERVE: tl.constexpr,
     TURNING: tl.constexpr,
     OUTER: tl.constexpr,
+    GRID: tl.constexpr,
     SCALE_MODE: tl.constexpr,
     ZERO_MODE: tl.constexpr,
     SPAN: tl.constexpr,
@@ -217,11 +220,12 @@ def dequantize_kernel(
     """Dequantise STEPS tiles [TILE_ROWS, TILE_COLUMNS] of packed codes, one below the other.
 
     stripe (if STRIPED), distance, BURST, PHASE, OVERLAP, TURNING, OUTER: see `Config`. RESERVE: None, or PTX that takes
-    shared memory. WIDE: addresses need 64 bits. STAT: dtype that
-    quantised scale and zero are dequantised to; SPAN: see `_load_stat`. ASM: PTX for each field, or None for arithmetic
-    that Triton writes, with roundings to DIFFERENCE, PRODUCT and OUT; STAT_ASM: the same for scale and zero.
+    shared memory. GRID: the grid has stripes of `stripe` columns, STRIPED or one of all. WIDE: addresses need 64 bits.
+    STAT: dtype that quantised scale and zero are dequantised to; SPAN: see `_load_stat`. ASM: PTX for each field, or
+    None for arithmetic that Triton writes, with roundings to DIFFERENCE, PRODUCT and OUT; STAT_ASM: the same for scale
+    and zero.
     """
-    pid = tl.program_id(0)
+    pid, programs = tl.program_id(0), tl.num_programs(0)
     if RESERVE is not None:
         reserve_shared(pid, RESERVE)
     if OVERLAP == 1 or OVERLAP == 3:
@@ -230,7 +234,14 @@ def dequantize_kernel(
         width = tl.cast(columns, tl.int64) if WIDE else columns
         blocks = (columns + TILE_COLUMNS - 1) // TILE_COLUMNS
         row_blocks = (packed_rows + TILE_ROWS * STEPS - 1) // (TILE_ROWS * STEPS)
-        block_row, block_column, _ = block_of(pid, blocks, row_blocks, stripe, STRIPED, TURNING)
+        if GRID:
+            block_row, block_column, _ = turned(
+                tl.program_id(1), tl.program_id(2) * stripe, pid, stripe, TURNING
+            )
+            pid, blocks = number_of(row_blocks, stripe), stripe * tl.num_programs(2)
+            programs = blocks * row_blocks
+        else:
+            block_row, block_column, _ = block_of(pid, blocks, row_blocks, stripe, STRIPED, TURNING)
     else:
         # One tile is as wide as the matrix. As a constant, the width tells the compiler how rows are aligned.
         width: tl.constexpr = TILE_COLUMNS
@@ -238,7 +249,7 @@ def dequantize_kernel(
     if BURST > 0:
         asks, asker = asker_of(pid, BURST, PHASE)
         ahead = asker * BURST + distance
-        if asks & (ahead < tl.num_programs(0)):
+        if asks & (ahead < programs):
             if GROUPS == "columns":
                 ahead_row, ahead_column, backwards = block_of(
                     ahead, blocks, row_blocks, stripe, STRIPED, TURNING

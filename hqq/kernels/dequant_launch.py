@@ -25,6 +25,7 @@ _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl
 _ASM_NAME = {torch.float16: "f16", torch.bfloat16: "bf16"}
 _NO_ASM = FieldAsm((), "", 1)
 _INT32_LIMIT = 1 << 31
+_MOST_ON_AXIS = 65535  # programs along the second and third axis of a grid
 # Shared memory in bytes: what CUDA adds to a block's own, and in what units it is given.
 _SYSTEM_SHARED, _SHARED_UNIT = 1024, 128
 
@@ -79,11 +80,20 @@ def launch(
     stat_asm = None
     if ptx.texts and by_columns:
         stat_asm = field_asm(_ASM_NAME[out_dtype], 8, 1).texts[0]
-    reach = (row_blocks * config.steps + 1) * tile_rows + (fmt.fields - 1) * view.packed_rows
+    striped = by_columns and 0 < config.stripe < column_blocks
+    stripe, grid = config.stripe, [row_blocks * column_blocks]
+    if config.grid and by_columns:
+        # Stripes of one width, so that the grid has next to nothing beyond the last column.
+        stripes = triton.cdiv(column_blocks, stripe) if striped else 1
+        if max(row_blocks, stripes) <= _MOST_ON_AXIS:
+            stripe = triton.cdiv(column_blocks, stripes)
+            grid = [stripe, row_blocks, stripes]
+    # No address is beyond two rows more than there are: tiles and grids reach further than the matrix.
+    reach = (row_blocks * config.steps + 2) * tile_rows + (fmt.fields - 1) * view.packed_rows
     with _on(W_q.device):
         if W_q.device.type == "cuda":
             start_triton()
-        dequantize_kernel[(row_blocks * column_blocks,)](
+        dequantize_kernel[tuple(grid)](
             W_q,
             out,
             scale.values,
@@ -98,7 +108,7 @@ def launch(
             view.columns,
             scale.period,
             zero.period,
-            config.stripe,
+            stripe,
             config.distance,
             BITS=fmt.bits,
             FIELDS=fmt.fields,
@@ -107,13 +117,14 @@ def launch(
             TILE_ROWS=tile_rows,
             TILE_COLUMNS=tile_columns,
             STEPS=config.steps,
-            STRIPED=by_columns and 0 < config.stripe < column_blocks,
+            STRIPED=striped,
             BURST=config.burst if ahead else 0,
             PHASE=config.phase or config.burst,
             OVERLAP=overlap,
             RESERVE=_reserve(config.resident, W_q.device) if config.resident and hopper else None,
             TURNING=bool(config.turning),
             OUTER=bool(config.outer) and overlap > 2 and (scale.scale is not None or zero.scale is not None),
+            GRID=len(grid) > 1,
             SCALE_MODE=_mode(scale, span),
             ZERO_MODE=_mode(zero, span),
             SPAN=span,
@@ -122,7 +133,7 @@ def launch(
             DIFFERENCE=_TL[difference],
             PRODUCT=_TL[product],
             OUT=_TL[out_dtype],
-            WIDE=reach * view.columns + tile_columns >= _INT32_LIMIT,
+            WIDE=reach * view.columns + 2 * tile_columns >= _INT32_LIMIT,
             ASM=ptx.texts or None,
             CONSTRAINTS=ptx.constraints,
             PACK=ptx.pack,
