@@ -85,7 +85,8 @@ def test_what_zeros_lose_is_kept_where_it_is_much(
         plain.W_q
     )  # every weight is -0.01 of a step: what is left of two large terms
     close.zero = torch.full_like(plain.zero, 0.01)
-    x = torch.randn(5, 256, generator=rng).bfloat16()
+    # All rows are nearly the same: of few tokens, all products may happen to be small.
+    x = torch.randn(64, 256, generator=rng).bfloat16()
     expected = product(close, x)
     assert prepared(close)._buffers["missing"] is not None
     assert float((prepared(close).multiply(x).double() - expected).norm()) <= 2e-2 * float(expected.norm())
