@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +402,22 @@ def test_compiled_prompts_leave_a_cache_that_stays_in_place(model: Any, tokenize
     for layer in out.past_key_values.layers:
         # What CUDA graphs ask for: torch marks it so where it is told that a tensor does not move.
         assert layer.keys._dynamo_static_input_type and layer.values._dynamo_static_input_type
+
+
+def test_nothing_is_collected_while_a_graph_may_be_recorded(model: Any, tokenizer: Any) -> None:
+    enabled: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        def run(*args: Any) -> Any:
+            enabled.append(gc.isenabled())
+            return graph.forward(*args)
+
+        return run
+
+    options = {"backend": backend, "fullgraph": True}
+    generator = HFGenerator(model, tokenizer, 4, compile="partial", compile_options=options)
+    generator.generate("hello", use_chat_template=False)
+    assert enabled == [False] * 3 and gc.isenabled()
 
 
 def test_hooks_of_accelerate_compile(model: Any, tokenizer: Any) -> None:
