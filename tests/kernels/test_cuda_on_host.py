@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -93,3 +95,21 @@ def test_source_that_does_not_compile_is_an_error() -> None:
     source = read_source("mistakes.cu", HERE)
     with pytest.raises(HostError, match="does not compile for the host"):
         HostKernel(source, "votes", "P", {"MISTAKE": "nonsense("})
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of mappings")
+@pytest.mark.parametrize("mistake", [0, 1], ids=["to its end", "to an error"])
+def test_memory_of_blocks_is_given_back(mistake: int, rng: torch.Generator) -> None:
+    """A test run loads a library for each variant of each kernel; what each keeps adds up."""
+
+    def mappings() -> int:
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    values, before = integers(rng, 128), mappings()
+    if mistake:
+        with pytest.raises(HostError, match="wait for one another"):
+            launch("block_sum", [values * 0, values], mistake=2, block=128, grid=3)
+    else:
+        launch("block_sum", [values * 0, values], block=128, grid=3)
+    # The library itself takes a few; stacks with a guard page each would be 256 for each block.
+    assert mappings() - before < 128

@@ -187,6 +187,15 @@ class Signals {
     struct sigaction old_[3]{};
 };
 
+// A process may have 65530 mappings, and a block takes two for each thread: no library keeps them after a launch.
+inline void unmap_spare() {
+    for (auto& of : spare) {
+        for (const Fiber& fiber : of->fibers) munmap(fiber.stack, STACK);
+        munmap(of->shared, SHARED_MOST + 4096);
+    }
+    spare.clear();
+}
+
 // Returns null, or what went wrong.
 inline const char* launch(const unsigned* shape, unsigned shared, unsigned cluster, unsigned seed) {
     gridDim = {shape[0], shape[1], shape[2]};
@@ -196,12 +205,14 @@ inline const char* launch(const unsigned* shape, unsigned shared, unsigned clust
     Signals signals;
     if (sigsetjmp(failure, 1) == 0) {
         run_grid(size_t(blockDim.x) * blockDim.y * blockDim.z, shared, cluster);
+        unmap_spare();
         return nullptr;
     }
     for (auto& of : resident) {
         if (of) spare.push_back(std::move(of));
     }
     resident.clear();
+    unmap_spare();
     return message;
 }
 
