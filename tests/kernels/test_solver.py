@@ -150,8 +150,11 @@ def assert_agrees(
 def hangs_on_rounding(matrix: Tensor, start: Lattice, dim: int, max_code: int) -> Tensor:
     """Which groups, as `start`'s statistics, the half-quadratic iteration leaves to how float32 rounds."""
     W, inverse_scale = matrix.numpy(), start.inverse_scale.numpy()
-    zero, tied = restated(W, inverse_scale, start.zero.numpy(), dim, max_code)[-1]
-    return torch.from_numpy(tied | undecided(W, inverse_scale, zero, dim, max_code))
+    trajectory = restated(W, inverse_scale, start.zero.numpy(), dim, max_code)
+    zero, tied = trajectory[-1]
+    # Nothing survives the shrinking of weights of this size.
+    means = len(trajectory) if float(matrix.abs().max()) > 0.17 else 1
+    return torch.from_numpy(tied | undecided(W, inverse_scale, zero, dim, max_code, means))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -311,11 +314,13 @@ def assert_zeros_agree(q: QTensor, found: Solution, matrix: Tensor, start: Latti
     """Assert that the zeros are the reference's, but in groups where rounding decides; return the iterations."""
     assert isinstance(q.zero, Tensor)
     max_code = q.spec.max_code
-    # Means of up to 32 numbers, twice, of the size of zeros and codes.
-    allowed = 2 * 32 * 2.0**-24 * (found.zero.abs() + max_code)
+    trajectory = restated(matrix.numpy(), start.inverse_scale.numpy(), start.zero.numpy(), dim, max_code)
+    # Means of up to 32 numbers, twice, of the size of zeros and codes. Each passes what it is off by on to the next
+    # as far as residuals survive the shrinking.
+    allowed = 2 * 32 * len(trajectory) * 2.0**-24 * (found.zero.abs() + max_code)
     tied = hangs_on_rounding(matrix, start, dim, max_code)
     assert bool((((q.zero - found.zero).abs() <= allowed) | tied).all())
-    return len(restated(matrix.numpy(), start.inverse_scale.numpy(), start.zero.numpy(), dim, max_code))
+    return len(trajectory)
 
 
 def test_half_quadratic_stops_where_the_reference_does(rng: torch.Generator, device: torch.device) -> None:

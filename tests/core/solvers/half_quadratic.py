@@ -8,14 +8,18 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 
 
-def undecided(W: Array, inverse_scale: Array, zero: Array, dim: int, max_code: int) -> NDArray[np.bool_]:
+def undecided(
+    W: Array, inverse_scale: Array, zero: Array, dim: int, max_code: int, means: int = 1
+) -> NDArray[np.bool_]:
     """Which groups have a value in the middle between two codes, as nearly as float32 tells.
 
     A place is off by the rounding of its product and sum, and by its zero's: a mean of n differences of numbers up to
     max_code, which themselves are of the zero's size and whose sums round either way: six roots of n cover them.
+    means: how many of them went into it. Codes forget by what their zero was off, residuals that survive shrinking
+    pass it on to the next mean.
     """
     place = W.astype(np.float64) * inverse_scale + zero
-    in_mean = max_code + 6 * W.shape[dim] ** 0.5 * (np.abs(zero) + 1)
+    in_mean = means * (max_code + 6 * W.shape[dim] ** 0.5 * (np.abs(zero) + 1))
     unsure = 2.0**-24 * (2 * np.abs(W * inverse_scale) + np.abs(zero) + in_mean)
     inside = (place > -unsure) & (place < max_code + unsure)
     near = np.abs(place - np.floor(place) - 0.5) <= unsure
@@ -40,15 +44,16 @@ def restated(
     moved.
     """
     trajectory = []
-    best = np.inf
+    best, means = np.inf, 1
     tied = np.zeros(zero.shape, dtype=bool)
     for _ in range(steps):
-        tied = tied | undecided(W, inverse_scale, zero, dim, max_code)
+        tied = tied | undecided(W, inverse_scale, zero, dim, max_code, means)
         codes = np.clip(np.round(W * inverse_scale + zero), 0, max_code)
         fitted = (codes - zero) / inverse_scale
         with np.errstate(divide="ignore"):
             shrunk = np.abs(W - fitted) - np.abs(W - fitted) ** np.float32(p - 1) / np.float32(beta)
         sparse = np.sign(W - fitted) * np.maximum(shrunk, 0)
+        means += int(sparse.any())
         before, zero = (
             zero,
             np.mean(codes - (W - sparse) * inverse_scale, axis=dim, keepdims=True, dtype=np.float32),
