@@ -36,7 +36,9 @@ def launch_gemv(
     norm: Norm | None = None,
     residual: Tensor | None = None,
 ) -> None:
-    """Write `x @ W^T + bias + residual` to `out`: x [M, K], out and residual [M, N], M up to MAX_TOKENS.
+    """Write `x @ W^T + bias + residual` to `out`: x [M, K], out and residual [M, N].
+
+    Every MAX_TOKENS tokens go over the weight once more.
 
     All are contiguous and 16-byte aligned. With `work.normed`, x is what `norm` makes of it. With `work.gated`, the
     first half of the outputs is a gate: `silu(gate) * other`, of N / 2, takes the place of the products.
@@ -60,7 +62,7 @@ def launch_gemv(
     optional = (bias, norm.weight if norm else None, residual)
     kernel(work, config).launch(
         x.device.index,
-        (grid, 1, 1),
+        (grid, -(-x.shape[0] // MAX_TOKENS), 1),
         (32 * config.warps, 1, 1),
         (
             *(tensor.data_ptr() for tensor in (x, codes, meta, rows)),

@@ -9,6 +9,7 @@ import torch
 
 from hqq.kernels.tile_layout import BLOCK_INPUTS, TILE_ROWS, chunk_blocks
 
+_COLUMNS = (1, 2, 4, 8, 16)
 _MOST_WARPS = 16
 _FEW_ROW_TILES = 4  # for each multiprocessor
 _LONG = 8192  # inputs
@@ -50,8 +51,8 @@ class GemvWork(NamedTuple):
 
 
 def columns(tokens: int) -> int:
-    """Return how many tokens the kernel that takes `tokens` is compiled for."""
-    return next(size for size in (1, 2, 4, 8, 16) if size >= tokens)
+    """Return how many tokens at a time the kernel that takes `tokens` is compiled for."""
+    return next((size for size in _COLUMNS if size >= tokens), _COLUMNS[-1])
 
 
 def choose_gemv(work: GemvWork, multiprocessors: int) -> GemvConfig:

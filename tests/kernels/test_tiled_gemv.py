@@ -65,6 +65,12 @@ def test_several_tokens(axis: int, M: int) -> None:
     assert product_error(4, axis, 64, (128, 320), M, config, torch.bfloat16) <= LIMIT[torch.bfloat16]
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_more_tokens_than_columns(axis: int) -> None:
+    config = GemvConfig(tiles=1, warps=2, blocks=2, per_sm=1, resident=1)
+    assert product_error(4, axis, 64, (128, 320), 37, config, torch.bfloat16) <= LIMIT[torch.bfloat16]
+
+
 @pytest.mark.parametrize("M", [1, 4, 8])
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128, None])
 def test_group_sizes_of_rows(group_size: int | None, M: int) -> None:
@@ -156,7 +162,7 @@ def test_what_is_not_finite_spoils_its_token_only(axis: int, bad: float) -> None
     assert not out[1].isfinite().any()
 
 
-@pytest.mark.parametrize("M", [1, 2, 5, 16])
+@pytest.mark.parametrize("M", [1, 2, 5, 19])
 @pytest.mark.parametrize(("axis", "group_size"), [(0, 32), (1, 64), (1, 16)])
 def test_norm_and_residual(axis: int, group_size: int, M: int) -> None:
     """An RMS norm in front of the product and a sum behind it; three sweeps over the inputs."""

@@ -1,4 +1,4 @@
-// y[M, N] = x[M, K] W^T + bias for few tokens (M <= 16), W as tiles of codes (see tile_layout.py).
+// y[M, N] = x[M, K] W^T + bias for few tokens, W as tiles of codes (see tile_layout.py).
 //
 // The product of codes and inputs is one of integers: codes are bytes as they are, and x is split into two bytes
 // (fixed_point.cuh), which is exact enough for 16-bit floats and takes a quarter of the instructions that codes as floats
@@ -101,7 +101,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
 gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* meta, const int4* rows,
      const unsigned char* bias, const unsigned char* norm, const unsigned char* residual, unsigned char* y, int M, int N, int K,
      int tiles, int blocks, int groups, int sweeps, int batch, float eps) {
-    const Arguments p = {x_, codes, meta, rows, bias, norm, residual, y, M, N, K, tiles, blocks, groups, sweeps, batch, eps};
+    // More tokens than TOKENS are several grids in one, which find the codes in the L2 cache.
+    const int token0 = int(blockIdx.y) * TOKENS, tokens = min(M - token0, TOKENS);
+    const int64_t result0 = int64_t(token0) * (GATED ? N / 2 : N) * 2;
+    const Arguments p = {x_ + int64_t(token0) * K * 2, codes, meta, rows, bias, norm,
+                         residual ? residual + result0 : nullptr, y + result0, tokens, N, K, tiles, blocks, groups, sweeps,
+                         batch, eps};
     HQQ_DYNAMIC_SHARED(memory);
     const Shared shared(memory, p.batch);
     const Lane lane = this_lane();
