@@ -1,8 +1,7 @@
 """What keeps the memory busy around the dequantisation kernel's arithmetic; no result depends on it.
 
 Few reads among many writes cost a GPU's memory several times their bytes, since it turns around between the two. So
-the order of the programs keeps scales and zeros of columns in the L2 cache, and every so many programs one asks for the
-inputs of many to come at once.
+every so many programs one asks for the inputs of many to come at once, in the order that `dequant_order` has.
 """
 
 # Written in Triton's language, which is not quite Python: branches on constants choose what is compiled.
@@ -39,44 +38,6 @@ def wait_for_previous():
 def reserve_shared(pid, RESERVE: tl.constexpr):
     """Reserve shared memory, with PTX that names its size, so that fewer programs fit on a multiprocessor."""
     tl.inline_asm_elementwise(RESERVE, "=r,r", [pid], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def number_of(row_blocks, stripe):
-    """Number of this program in a grid of columns, rows and stripes, in the order in which the GPU starts them."""
-    return (tl.program_id(2) * row_blocks + tl.program_id(1)) * stripe + tl.program_id(0)
-
-
-@triton.jit
-def block_of(pid, blocks, row_blocks, stripe, STRIPED: tl.constexpr, TURNING: tl.constexpr):
-    """Row and column, in blocks, of program `pid`, and whether the row is gone through backwards.
-
-    Row by row, if STRIPED within stripes `stripe` blocks wide; if TURNING every other row backwards.
-    """
-    if STRIPED:
-        first = pid // (stripe * row_blocks) * stripe
-        within, width = pid - first * row_blocks, tl.minimum(stripe, blocks - first)
-    else:
-        first, within, width = 0, pid, blocks
-    return turned(within // width, first, within % width, width, TURNING)
-
-
-@triton.jit
-def turned(row, first, column, width, TURNING: tl.constexpr):
-    """What `block_of` returns, for column `column` of a row of a stripe that starts at `first`."""
-    if TURNING:
-        backwards = row % 2 == 1
-        column = tl.where(backwards, width - 1 - column, column)
-    else:
-        backwards = False
-    return row, first + column, backwards
-
-
-@triton.jit
-def asker_of(pid, BURST: tl.constexpr, PHASE: tl.constexpr):
-    """Whether program `pid` asks ahead, and its number among those that do; see `Config`."""
-    place = pid % PHASE
-    return place < PHASE // BURST, pid // PHASE * (PHASE // BURST) + place
 
 
 @triton.jit

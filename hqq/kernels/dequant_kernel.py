@@ -3,8 +3,8 @@
 It sees the packed codes as a matrix [packed_rows, columns] and the result as [rows, columns]; field i of packed row r
 is row r + i * packed_rows. A program takes a tile of packed codes, and each field of the tile is one tile of results,
 so that both sides move as whole contiguous stretches. Groups are runs of `SPLIT` rows (GROUPS "rows"), columns
-("columns"), or everything ("one"); see `view_of` for how a tensor becomes this matrix. `dequant_flow` has what makes
-memory busy: order, prefetching, and starting before the previous kernel ends.
+("columns"), or everything ("one"); see `view_of` for how a tensor becomes this matrix. `dequant_order` has the order
+of the programs, `dequant_flow` what keeps memory busy: prefetching, and starting before the previous kernel ends.
 """
 
 # Written in Triton's language, which is not quite Python: branches on constants choose what is compiled.
@@ -18,18 +18,15 @@ import triton.language as tl
 
 from hqq.kernels.dequant_asm import FOUR_BYTES_CONSTRAINTS
 from hqq.kernels.dequant_flow import (
-    asker_of,
-    block_of,
-    number_of,
     prefetch_codes,
     prefetch_columns,
     prefetch_groups,
     prefetch_outer,
     reserve_shared,
     start_next,
-    turned,
     wait_for_previous,
 )
+from hqq.kernels.dequant_order import asker_of, block_of, number_of, turned
 from hqq.kernels.rounding import rounded
 
 FOUR_BYTES = tl.constexpr(FOUR_BYTES_CONSTRAINTS)
