@@ -145,6 +145,7 @@ def candidates(view: MatrixView, fields: int, out_itemsize: int) -> list[Config]
     steps = [s for s in ((1, 2, 4, 8) if columns else (1, 2)) if s <= view.packed_rows]
     tried = [first._replace(block=block, warps=warps, steps=s) for block, warps in tiles for s in steps]
     tried += [first._replace(overlap=overlap) for overlap in (1, 2, 4)]
+    tried += [first._replace(grid=1)] if columns else []
     if first.burst:
         tried += [first._replace(burst=burst, distance=d) for burst in (0, 8) for d in (1024, 2048)]
         tried += [first._replace(stripe=stripe) for stripe in (0, 896, 3584) if columns]
