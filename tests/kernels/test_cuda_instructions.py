@@ -90,7 +90,9 @@ def test_mma_of_bytes(run: Launch, rng: torch.Generator) -> None:
     a = torch.randint(0, 256, (16, 32), generator=rng).to(torch.uint8)
     b = torch.randint(-128, 128, (8, 32), generator=rng).to(torch.int8)
     c = torch.randint(-(1 << 30), 1 << 30, (16, 8), generator=rng).to(torch.int32)
-    out = run("instructions.cu", "product_of_bytes", [poisoned(16, 8, dtype=torch.int32), a, b, c], TYPE="F16")[0]
+    out = run(
+        "instructions.cu", "product_of_bytes", [poisoned(16, 8, dtype=torch.int32), a, b, c], TYPE="F16"
+    )[0]
     assert torch.equal(out, c + (a.int() @ b.int().T))
 
 
