@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from benchmarks.dequant.timing import microseconds
+from benchmarks.dequant.timing import steady_microseconds
 from benchmarks.harness import table
 from hqq.core.bitpack import FORMAT_OF_BITS
 from hqq.core.qtensor import QSpec, QTensor
@@ -117,7 +117,7 @@ def time_case(case: Case, configs: list[GemmConfig]) -> Iterator[tuple[GemmConfi
     x = torch.randn(case.M, case.K, dtype=case.dtype, device="cuda")
     copies = max(2, (1 << 28) // (case.N * case.K * 2) + 2)
     plain = [torch.randn(case.N, case.K, dtype=case.dtype, device="cuda") * 0.01 for _ in range(copies)]
-    yield None, microseconds(lambda W: torch.nn.functional.linear(x, W), plain)
+    yield None, steady_microseconds(lambda W: torch.nn.functional.linear(x, W), plain)
     del plain
     # Along axis 0, how rows fall into groups depends on N.
     whole = case.axis == 0 or case.N % 4096
@@ -142,7 +142,7 @@ def time_case(case: Case, configs: list[GemmConfig]) -> Iterator[tuple[GemmConfi
             tiled_gemm(x, *weight, args[2], *args[3:], None, out, config)
             return out
 
-        yield config, microseconds(run, buffers)
+        yield config, steady_microseconds(run, buffers)
 
 
 def short(config: GemmConfig | None) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.dequant.timing import bandwidth, buffer_sets, microseconds
+from benchmarks.dequant.timing import bandwidth, buffer_sets, steady_microseconds
 from benchmarks.harness import record, table, write_json
 from benchmarks.matmul.gemm_explore import Case, oracle, random_qtensor
 from hqq.kernels import TiledWeight
@@ -81,7 +81,7 @@ def explore(case: Case, ceiling: float) -> Iterator[dict[str, Any]]:
             **{key: value for key, value in case._asdict().items() if key != "dtype"},
             "dtype": str(case.dtype).removeprefix("torch."),
             "floor_us": round(moved / ceiling * 1e6, 2),
-            "us": round(microseconds(call, weights), 2),
+            "us": round(steady_microseconds(call, weights), 2),
             "config": config._asdict(),
             "relative_error": float((y.double() - expected).norm() / expected.norm()),
             "registers": variant.resources(0).registers,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.dequant.timing import bandwidth, buffer_sets, microseconds
+from benchmarks.dequant.timing import bandwidth, buffer_sets, steady_microseconds
 from benchmarks.harness import record, table, write_json
 from benchmarks.matmul.gemm_explore import LIMIT, SHAPES, Case, oracle, random_qtensor
 from hqq.backends import gemlite, torchao_int4
@@ -62,7 +62,7 @@ def measure(case: Case, ceiling: float, peers: bool) -> dict[str, Any]:
         **{key: value for key, value in case._asdict().items() if key != "dtype"},
         "dtype": str(case.dtype).removeprefix("torch."),
         "floor": round(moved / ceiling * 1e6, 2),
-        "ours": round(microseconds(lambda w: tiled_linear(x, w), weights), 2),
+        "ours": round(steady_microseconds(lambda w: tiled_linear(x, w), weights), 2),
     }
     row["of_bandwidth"] = round(row["floor"] / row["ours"], 3)
     del weights, first
@@ -88,14 +88,14 @@ def peers_of(case: Case, x: Tensor) -> Iterator[tuple[str, Callable[[], float]]]
         torch.randn(case.N, case.K, dtype=case.dtype, device="cuda")
         for _ in range(buffer_sets(2 * case.N * case.K))
     ]
-    yield "cublas", partial(microseconds, lambda W: F.linear(x, W), dense)
+    yield "cublas", partial(steady_microseconds, lambda W: F.linear(x, W), dense)
     del dense
     for name, backend in PEERS.items():
         takes = backend.available() or backend.supports(case.spec, case.dtype, x.device)
         # gemlite measures for seconds at every new size, and neither is made for many tokens.
         if takes is None and case.M in (1, 16, 64):
             prepared = [backend.prepare(random_qtensor(case), case.dtype) for _ in dense_sets(case)]
-            yield name, partial(microseconds, lambda weight: weight.multiply(x), prepared)
+            yield name, partial(steady_microseconds, lambda weight: weight.multiply(x), prepared)
 
 
 def dense_sets(case: Case) -> range:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from benchmarks.dequant.timing import bandwidth, microseconds
+from benchmarks.dequant.timing import bandwidth, steady_microseconds
 from benchmarks.harness import table
 from benchmarks.matmul.gemm_explore import Arguments, Case, arguments, random_qtensor
 from hqq.kernels import tile_dequant
@@ -78,7 +78,7 @@ def main() -> None:
         def run(pair: tuple[Tensor, Tensor], args: Arguments = args) -> Tensor:
             return tile_dequantize(*pair, args[2], *args[3:])
 
-        time = microseconds(run, buffers)
+        time = steady_microseconds(run, buffers)
         floor = (weight.nbytes + 2 * case.N * case.K) / rate * 1e6
         rows.append(
             {
