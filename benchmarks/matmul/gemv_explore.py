@@ -19,7 +19,7 @@ from benchmarks.dequant.timing import bandwidth, buffer_sets, steady_microsecond
 from benchmarks.harness import record, table, write_json
 from benchmarks.matmul.gemm_explore import Case, oracle, random_qtensor
 from hqq.kernels import TiledWeight
-from hqq.kernels.tiled_device import multiprocessors
+from hqq.kernels.device import multiprocessors
 from hqq.kernels.tiled_gemv import kernel, launch_gemv
 from hqq.kernels.tiled_gemv_config import GemvConfig, GemvWork, candidates
 from hqq.kernels.tiled_tune import random_weight

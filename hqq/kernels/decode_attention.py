@@ -12,7 +12,8 @@ from torch import Tensor
 from hqq.kernels import decode_launch
 from hqq.kernels.availability import interpreting
 from hqq.kernels.decode_attention_kernel import attention_kernel, join_kernel
-from hqq.kernels.decode_launch import on, options, processors
+from hqq.kernels.decode_launch import options, processors
+from hqq.kernels.device import on
 
 _BLOCK = 64
 _WARPS = 4

@@ -13,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from hqq.kernels.decode_advance import Rows, move_on
-from hqq.kernels.decode_launch import on, options
+from hqq.kernels.decode_launch import options
 from hqq.kernels.decode_limit import LimitSpace, find_limits, survey
 from hqq.kernels.decode_logits import Filters, key_of, penalised
 from hqq.kernels.dequant_flow import start_next, wait_for_previous
+from hqq.kernels.device import on
 
 _BLOCK = 1024
 _NOWHERE = tl.constexpr(0x7FFFFFFF)

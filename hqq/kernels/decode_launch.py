@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from hqq.kernels.availability import interpreting
 from hqq.kernels.dequant_flow import GDC_WAIT
-from hqq.kernels.tiled_device import multiprocessors
+from hqq.kernels.device import multiprocessors
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -23,13 +22,6 @@ DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 def new_output(like: Tensor, columns: int) -> Tensor:
     """Return what a kernel fills: a row of `columns` for each row of `like`, every element of which is written."""
     return like.new_empty(like.shape[0], columns)
-
-
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Return the context to launch a kernel for tensors on `device` in: Triton launches on the current device."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return nullcontext()
 
 
 def options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

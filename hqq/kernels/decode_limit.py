@@ -8,9 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
-from hqq.kernels.decode_launch import on, options
+from hqq.kernels.decode_launch import options
 from hqq.kernels.decode_limit_kernel import limit_kernel, survey_kernel
 from hqq.kernels.decode_logits import Filters
+from hqq.kernels.device import on
 
 # Logits of a piece, of which the largest is kept; pieces that a program surveys, and that one reads at a time.
 _PIECE = 256

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hqq.kernels import decode_launch
-from hqq.kernels.decode_launch import on, options
+from hqq.kernels.decode_launch import options
 from hqq.kernels.dequant_flow import start_next, wait_for_previous
+from hqq.kernels.device import on
 from hqq.kernels.rounding import rounded
 
 _WARP_COLUMNS = 256

@@ -12,8 +12,9 @@ from torch import Tensor
 from hqq.kernels import decode_launch
 from hqq.kernels.decode_attention import HeadNorm
 from hqq.kernels.decode_heads import new_heads, rotation
-from hqq.kernels.decode_launch import on, options
+from hqq.kernels.decode_launch import options
 from hqq.kernels.dequant_flow import start_next, wait_for_previous
+from hqq.kernels.device import on
 
 
 @triton.jit

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -20,6 +18,7 @@ from hqq.kernels.dequant_kernel import dequantize_kernel
 from hqq.kernels.dequant_plan import Stat
 from hqq.kernels.dequant_start import start_triton
 from hqq.kernels.dequant_view import MatrixView, view_of
+from hqq.kernels.device import on
 
 _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _ASM_NAME = {torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -90,7 +89,7 @@ def launch(
             grid = [stripe, row_blocks, stripes]
     # No address is beyond two rows more than there are: tiles and grids reach further than the matrix.
     reach = (row_blocks * config.steps + 2) * tile_rows + (fmt.fields - 1) * view.packed_rows
-    with _on(W_q.device):
+    with on(W_q.device):
         if W_q.device.type == "cuda":
             start_triton()
         dequantize_kernel[tuple(grid)](
@@ -174,13 +173,6 @@ def _span(view: MatrixView, tile_rows: int, tile_columns: int) -> int:
 
 def _mode(stat: Stat, span: int) -> str:
     return "runs" if stat.mode == "columns" and span and stat.period % span == 0 else stat.mode
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    # Triton launches on the current device; changing it costs microseconds, so only where it differs.
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return nullcontext()
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -17,6 +16,7 @@ from hqq.core.solvers import als_search, als_storage
 from hqq.core.solvers.half_quadratic import BETA, ITERATIONS, LP_NORM
 from hqq.kernels.availability import interpreting
 from hqq.kernels.dequant_view import view_of
+from hqq.kernels.device import on
 from hqq.kernels.solve_als_kernel import als_kernel
 from hqq.kernels.solve_config import Blocks
 from hqq.kernels.solve_encode_kernel import encode_kernel
@@ -51,7 +51,7 @@ def solve_als(W: Tensor, spec: QSpec, storage_dtype: torch.dtype, blocks: Blocks
     grouping = spec.grouping
     groups, length = grouping.num_groups, grouping.length
     found = Lattices(groups, blocks, W.device)
-    with _on(W.device):
+    with on(W.device):
         als_kernel[(found.programs,)](
             W,
             start_table(spec.max_code, length, W.device),
@@ -106,7 +106,7 @@ def solve_half_quadratic(
     history = new_buffer((ITERATIONS, groups), torch.float32, W.device)
     errors = new_buffer((ITERATIONS, found.programs), torch.float32, W.device)
     totals = new_buffer((ITERATIONS,), torch.float64, W.device)
-    with _on(W.device):
+    with on(W.device):
         iterate_kernel[(found.programs,)](
             W,
             found.scale,
@@ -154,7 +154,7 @@ def solve_min_max(
     """Find the min-max lattices of `W` (contiguous) without synchronising."""
     grouping = spec.grouping
     found = Lattices(grouping.num_groups, blocks, W.device)
-    with _on(W.device):
+    with on(W.device):
         min_max_kernel[(found.programs,)](
             W,
             found.scale,
@@ -189,7 +189,7 @@ def encode(W: Tensor, found: Lattices, spec: QSpec, fmt: PackFormat) -> Tensor:
         triton.cdiv(view.columns, tile_columns),
     )
     reach = (row_blocks + 1) * tile_rows + (fmt.fields - 1) * view.packed_rows
-    with _on(W.device):
+    with on(W.device):
         encode_kernel[(row_blocks * column_blocks,)](
             W,
             W_q,
@@ -227,13 +227,6 @@ def _register_limit(device: torch.device, axis: int, blocks: Blocks) -> dict[str
 def _saturates(device: torch.device) -> bool:
     """Whether `device` is NVIDIA's, and runs the PTX instruction of `quick_codes`."""
     return device.type == "cuda" and torch.version.cuda is not None
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    # Triton launches on the current device; changing it costs microseconds, so only where it differs.
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return nullcontext()
 
 
 def _options() -> dict[str, Any]:

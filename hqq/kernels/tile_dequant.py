@@ -7,8 +7,8 @@ from functools import cache
 from torch import Tensor
 
 from hqq.kernels.cuda import Kernel
+from hqq.kernels.device import ELEMENTS
 from hqq.kernels.tile_layout import chunk_blocks
-from hqq.kernels.tiled_device import ELEMENTS
 
 _WARPS = 8
 

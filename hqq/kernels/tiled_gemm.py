@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hqq.kernels.cuda import Kernel, unavailable_reason
+from hqq.kernels.device import ELEMENTS, multiprocessors
 from hqq.kernels.tile_layout import BLOCK_INPUTS, chunk_blocks
-from hqq.kernels.tiled_device import ELEMENTS, multiprocessors
 from hqq.kernels.tiled_gemm_config import GemmConfig, choose, fitted
 
 _WARPS, _THREADS = 8, 384

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hqq.errors import ConfigError
 from hqq.kernels.cuda import Kernel
+from hqq.kernels.device import ELEMENTS, multiprocessors
 from hqq.kernels.tile_layout import BLOCK_INPUTS, TILE_ROWS, chunk_blocks
-from hqq.kernels.tiled_device import ELEMENTS, multiprocessors
 from hqq.kernels.tiled_gemv_config import GemvConfig, GemvWork, columns
 
 MAX_TOKENS = 16

@@ -8,17 +8,15 @@ from torch.nn import functional as F
 
 from hqq.errors import ShapeError
 from hqq.kernels.tiled_gemv import Norm, launch_gemv
-from hqq.kernels.tiled_gemv_config import GemvWork
-from hqq.kernels.tiled_op import aligned, check_operands, route_on
-from hqq.kernels.tiled_reference import dequantize_tiles
-from hqq.kernels.tiled_tune import gemv_config
+from hqq.kernels.tiled_op import aligned, check_operands, route_on, tiled_dequantize
+from hqq.kernels.tiled_tune import gemv_config, work_with
 from hqq.kernels.tiled_weight import TiledWeight
 
 
 def takes(weight: TiledWeight, x: Tensor, gated: bool = False) -> bool:
     """Whether `step_linear` is one kernel for x [M, K]: few tokens, on a GPU with the kernels; a gate with axis=1."""
     fits = x.dtype == weight.dtype and x.device == weight.device and not (gated and weight.spec.axis == 0)
-    return fits and x.is_cuda and route_on(_work(weight, x.shape[0]), x.device) == "gemv"
+    return fits and x.is_cuda and route_on(work_with(weight, x.shape[0]), x.device) == "gemv"
 
 
 def step_linear(
@@ -48,7 +46,7 @@ def step_linear(
             raise ShapeError(f"got a {name} of shape {tuple(tensor.shape)}; expected {expected}")
     if not takes(weight, x, gated):
         return _reference(x, weight, bias, norm, gated, residual)
-    work = _work(weight, x.shape[0])._replace(normed=norm is not None, gated=gated)
+    work = work_with(weight, x.shape[0])._replace(normed=norm is not None, gated=gated)
     out = x.new_empty(x.shape[0], outputs)
     launch_gemv(
         work,
@@ -65,11 +63,6 @@ def step_linear(
     return out
 
 
-def _work(weight: TiledWeight, tokens: int) -> GemvWork:
-    N, K = weight.spec.shape
-    return GemvWork(weight.dtype, weight.bits, weight.spec.axis, weight.group_size, N, K, tokens)
-
-
 def _reference(
     x: Tensor,
     weight: TiledWeight,
@@ -79,14 +72,10 @@ def _reference(
     residual: Tensor | None,
 ) -> Tensor:
     """The definition, in fp32."""
-    N, K = weight.spec.shape
-    W = dequantize_tiles(
-        weight.codes, weight.meta, weight.rows, weight.bits, weight.spec.axis, weight.group_size, N, K
-    )
     v = x.float()
     if norm is not None:
         v = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.float()
-    y = F.linear(v, W.float(), None if bias is None else bias.float())
+    y = F.linear(v, tiled_dequantize(weight).float(), None if bias is None else bias.float())
     if gated:
         gate, other = y.chunk(2, dim=-1)
         y = F.silu(gate) * other

@@ -13,7 +13,7 @@ from torch import Tensor
 import hqq
 from hqq.core.bitpack import pack
 from hqq.core.qtensor import QSpec, QTensor
-from hqq.kernels.tiled_device import multiprocessors
+from hqq.kernels.device import multiprocessors
 from hqq.kernels.tiled_gemv import launch_gemv
 from hqq.kernels.tiled_gemv_config import GemvConfig, GemvWork, candidates, choose_gemv, columns
 from hqq.kernels.tiled_weight import TiledWeight
@@ -22,6 +22,12 @@ from hqq.kernels.tune_cache import TuneCache
 # So that weights come from memory, not from the cache of a GPU.
 _ROTATED_BYTES = 256 << 20
 _REPLAYS = 9
+
+
+def work_with(weight: TiledWeight, tokens: int) -> GemvWork:
+    """Return what a product of so many tokens with `weight` is."""
+    N, K = weight.spec.shape
+    return GemvWork(weight.dtype, weight.bits, weight.spec.axis, weight.group_size, N, K, tokens)
 
 
 def gemv_config(work: GemvWork, device: torch.device) -> GemvConfig:
@@ -74,14 +80,13 @@ def tune(
 
     `report` is called with each configuration and its microseconds. The weight is on a CUDA device.
     """
-    N, K = weight.spec.shape
-    work = GemvWork(weight.dtype, weight.bits, weight.spec.axis, weight.group_size, N, K, columns(tokens))
+    work = work_with(weight, columns(tokens))
     device = weight.device.index
     copies = [weight.codes]
     while len(copies) * weight.codes.nbytes < _ROTATED_BYTES:
         copies.append(weight.codes.clone())
-    x = torch.randn(work.tokens, K, device=weight.device).to(weight.dtype)
-    out = x.new_empty((work.tokens, N))
+    x = torch.randn(work.tokens, work.K, device=weight.device).to(weight.dtype)
+    out = x.new_empty((work.tokens, work.N))
     times: dict[GemvConfig, float] = {}
     for config in candidates(work, multiprocessors(device)):
         times[config] = _microseconds(partial(_launch, work, config, x, weight, out), copies)
