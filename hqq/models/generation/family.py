@@ -10,19 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from hqq.errors import BackendError
+from hqq.kernels.tiled_gemv import Norm
 
 _TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # Frequencies of these depend on how long the text is.
 _MOVING_ROPE = ("dynamic", "longrope")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclass(frozen=True)
-class Norm:
-    """An RMS norm: weight [K] and what is added to the mean square."""
-
-    weight: Tensor
-    eps: float
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from torch import Tensor
 from hqq.backends.merge import Projections
 from hqq.kernels.decode_mlp import silu_mul
 from hqq.kernels.decode_norm import add_norm
-from hqq.kernels.tiled_gemv import Norm as KernelNorm
+from hqq.kernels.tiled_gemv import Norm
 from hqq.kernels.tiled_step import step_linear, takes
-from hqq.models.generation.family import Norm
+from hqq.kernels.tiled_weight import TiledWeight
 
 
 @dataclass
@@ -35,28 +35,27 @@ class Stream:
 
     def project(self, norm: Norm, projections: Projections) -> tuple[Tensor, ...]:
         """Return the products of the norm with each layer's weight."""
-        if self.delta is None and projections.weight is not None and takes(projections.weight, self.hidden):
-            y = step_linear(self.hidden, projections.weight, projections.bias, norm=_for_kernel(norm))
-            return projections.split(y)
-        return projections(self.normed(norm))
+        weight = self._at_once(self.hidden, projections)
+        if weight is None:
+            return projections(self.normed(norm))
+        return projections.split(step_linear(self.hidden, weight, projections.bias, norm=norm))
 
     def gated(self, norm: Norm, gate_up: Projections) -> Tensor:
         """Return `silu(gate) * up` of the norm's products with two weights."""
-        if (
-            self.delta is None
-            and gate_up.weight is not None
-            and takes(gate_up.weight, self.hidden, gated=True)
-        ):
-            return step_linear(self.hidden, gate_up.weight, gate_up.bias, norm=_for_kernel(norm), gated=True)
-        return silu_mul(*self.project(norm, gate_up))
+        weight = self._at_once(self.hidden, gate_up, gated=True)
+        if weight is None:
+            return silu_mul(*self.project(norm, gate_up))
+        return step_linear(self.hidden, weight, gate_up.bias, norm=norm, gated=True)
 
     def plus(self, x: Tensor, projection: Projections) -> Stream:
         """Return the stream with the product of `x` and one weight added."""
-        if self.delta is None and projection.weight is not None and takes(projection.weight, x):
-            return Stream(step_linear(x, projection.weight, projection.bias, residual=self.hidden))
-        (delta,) = projection(x)
-        return Stream(self.hidden, delta)
+        weight = self._at_once(x, projection)
+        if weight is None:
+            (delta,) = projection(x)
+            return Stream(self.hidden, delta)
+        return Stream(step_linear(x, weight, projection.bias, residual=self.hidden))
 
-
-def _for_kernel(norm: Norm) -> KernelNorm:
-    return KernelNorm(norm.weight, norm.eps)
+    def _at_once(self, x: Tensor, projections: Projections, gated: bool = False) -> TiledWeight | None:
+        """Return the weight, if one kernel multiplies it with x and does what stands around the product."""
+        weight = projections.weight
+        return weight if self.delta is None and weight is not None and takes(weight, x, gated) else None
