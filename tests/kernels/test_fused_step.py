@@ -187,26 +187,27 @@ def test_a_step_that_there_is_not(seed: int, device: torch.device, tokenizer: An
 
 @pytest.mark.parametrize("axis", [1, 0])
 def test_products_bring_norms_gates_and_sums_along(
-    axis: int, seed: int, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    axis: int, seed: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a product is one kernel with what stands around it; here in the words of its reference."""
+    """Where a product is one kernel with what stands around it, or, without a GPU, in the words of its reference."""
     from hqq.backends.native import NativeWeight
     from hqq.core.linear import HQQLinear
     from hqq.kernels import tiled_step
     from hqq.kernels.tiled_weight import tiled_support
     from hqq.models.generation import products
 
-    dtype, cpu = torch.float16, torch.device("cpu")
-    model = build("llama", seed, cpu, num_key_value_heads=2).to(dtype)
+    dtype = torch.float16
+    model = build("llama", seed, device, num_key_value_heads=2).to(dtype)
     quantize_model(
         model,
         QuantConfig(nbits=4, group_size=32, axis=axis),
         compute_dtype=dtype,
-        device=cpu,
+        device=device,
         progress=False,
         lm_head=True,
     )
-    ids, mask = torch.randint(0, 258, (3, 9)), torch.ones(3, 9, dtype=torch.int64)
+    ids = torch.randint(0, 258, (3, 9), device=device)
+    mask = torch.ones_like(ids)
     expected = step_logits(model, ids, mask, fused=True).double()
     for layer in model.modules():
         # 258 outputs are in no groups down the outputs that kernels take: with axis=0 the head goes its own way.
