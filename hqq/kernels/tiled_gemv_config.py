@@ -11,7 +11,6 @@ from hqq.kernels.tile_layout import BLOCK_INPUTS, TILE_ROWS, chunk_blocks
 
 _COLUMNS = (1, 2, 4, 8, 16)
 _MOST_WARPS = 16
-_FEW_ROW_TILES = 4  # for each multiprocessor
 _LONG = 8192  # inputs
 _REGISTERS = 65536  # of a multiprocessor
 _FEWEST_REGISTERS = 64  # of a thread; fewer would spill
@@ -55,47 +54,68 @@ def columns(tokens: int) -> int:
     return next((size for size in _COLUMNS if size >= tokens), _COLUMNS[-1])
 
 
+class _Cut(NamedTuple):
+    """What is chosen; warps and resident blocks follow from the number of inputs."""
+
+    tiles: int
+    blocks: int
+    per_sm: int = 1
+    most_warps: int = _MOST_WARPS
+
+
 def choose_gemv(work: GemvWork, multiprocessors: int) -> GemvConfig:
-    """Return the configuration for `work`; `candidates` has those it was chosen from."""
-    row_tiles = -(-work.N // TILE_ROWS)
-    few = row_tiles < _FEW_ROW_TILES * multiprocessors
-    tokens = columns(work.tokens)
-    small_groups = (
-        work.axis == 1 and work.group_size < BLOCK_INPUTS
-    )  # a block has several, with scales of their own
-    if tokens == 16 or (small_groups and tokens > 2):
-        tiles, blocks, per_sm = (1, 2, 2)  # x of so many tokens takes most registers
-    elif tokens == 8:
-        tiles, blocks, per_sm = (1, 4, 2) if work.axis == 1 else (2, 2, 1)
-    elif tokens > 1:
-        tiles, blocks, per_sm = (1 if work.bits == 8 else 2, 4, 1)
-    elif work.axis == 0:
-        # Scaling x costs as much for one row tile as for four.
-        tiles, blocks, per_sm = (2 if work.bits == 8 else 4, 4, 1)
-    elif few:
-        tiles = 1 if work.bits == 4 else 2
-        blocks, per_sm = (8 if work.K > _LONG and work.bits < 8 else 4), 1
-    elif work.bits == 8 or small_groups:
-        tiles, blocks, per_sm = (2, 4, 1)
-    elif work.bits == 4:
-        tiles, blocks, per_sm = (1, 8, 3)
-    else:
-        tiles, blocks, per_sm = (2, 8, 2)
+    """Return the configuration for `work`, by what was fastest for products like it; see also `candidates`."""
+    choose = _cut_rows if work.axis == 1 else _cut_columns
+    cut = choose(work, columns(work.tokens), -(-work.N // TILE_ROWS) / multiprocessors)
     if work.gated:
-        tiles = 2  # one of the gate, one of what it is for
-    return _fitted(work, tiles, blocks, per_sm, _MOST_WARPS if per_sm == 1 else _MOST_WARPS // 2)
+        cut = cut._replace(tiles=2)  # one of the gate, one of what it is for
+    return _fitted(work, cut)
+
+
+def _cut_rows(work: GemvWork, tokens: int, row_tiles: float) -> _Cut:
+    """The choice for groups along the inputs; `row_tiles` are those of a multiprocessor."""
+    small_groups = work.group_size < BLOCK_INPUTS  # a block has several, with scales of their own
+    if tokens == 16:
+        return _Cut(1, 2, per_sm=2, most_warps=8)  # x of so many tokens takes most registers
+    if small_groups and tokens > 2:
+        return _Cut(1, 2)
+    if row_tiles < 4:  # so few that it matters how soon the first codes have arrived
+        if work.K <= _LONG or tokens == 2:
+            return _Cut(1, 4)
+        if tokens > 2:
+            return _Cut(2, 2)
+        return _Cut(1, 4, per_sm=2) if work.bits == 4 else _Cut(1, 8)
+    if tokens == 8:
+        return _Cut(1, 4, per_sm=2, most_warps=8)
+    if small_groups or (tokens > 1 and work.bits > 2):
+        return _Cut(2, 2)
+    return _Cut(2, 4)
+
+
+def _cut_columns(work: GemvWork, tokens: int, row_tiles: float) -> _Cut:
+    """The choice for groups along the outputs: scaling x costs as much for one row tile as for four."""
+    if tokens == 16:
+        return _Cut(1, 2, per_sm=2, most_warps=8)
+    if tokens == 8:
+        return _Cut(2, 4)
+    blocks = 2 if tokens > 1 and work.bits > 2 else 4
+    if row_tiles <= 2:
+        if tokens == 1 and work.bits <= 2 and work.K > _LONG:
+            blocks = 8
+        return _Cut(2, 4 if tokens == 4 else blocks)
+    if work.bits == 8:
+        return _Cut(2, blocks)
+    return _Cut(4, blocks) if row_tiles <= 4 else _Cut(4, blocks, per_sm=2, most_warps=8)
 
 
 def candidates(work: GemvWork, multiprocessors: int) -> list[GemvConfig]:
     """Return the configurations worth measuring for `work`, the chosen one first."""
     found = [choose_gemv(work, multiprocessors)]
-    for tiles, blocks, per_sm, most_warps in product((1, 2, 4), (2, 4, 8), (1, 2, 3), (8, 16)):
-        config = _fitted(work, tiles, blocks, per_sm, most_warps)
-        for resident in (config.resident, min(config.per_sm + 1, _MOST_RESIDENT)):
-            config = config._replace(resident=resident)
-            possible = config.tiles == 2 or not work.gated
-            if possible and config not in found and registers(work, config) <= available_registers(config):
-                found.append(config)
+    for tiles, blocks, (per_sm, most_warps) in product((1, 2, 4), (2, 4, 8), ((1, 16), (2, 8), (2, 16))):
+        config = _fitted(work, _Cut(tiles, blocks, per_sm, most_warps))
+        possible = config.tiles == 2 or not work.gated
+        if possible and config not in found and registers(work, config) <= available_registers(config):
+            found.append(config)
     return found
 
 
@@ -114,16 +134,17 @@ def registers(work: GemvWork, config: GemvConfig) -> int:
     return _OTHER_REGISTERS + codes + sums + 4 * held * token_columns
 
 
-def _fitted(work: GemvWork, tiles: int, blocks: int, per_sm: int, most_warps: int) -> GemvConfig:
+def _fitted(work: GemvWork, cut: _Cut) -> GemvConfig:
     """Return a configuration whose warps divide the inputs evenly and whose row tiles share what they must."""
+    tiles = cut.tiles
     members = work.group_size // TILE_ROWS if work.axis == 0 else tiles
     while members % tiles:  # axis=0: all row tiles of a warp have one group's scales
         tiles //= 2
-    blocks = max(blocks, chunk_blocks(work.bits))
+    blocks = max(cut.blocks, chunk_blocks(work.bits))
     slices = -(-work.K // (blocks * BLOCK_INPUTS))
-    sweeps = -(-slices // most_warps)
+    sweeps = -(-slices // cut.most_warps)
     warps = -(-slices // sweeps)
     # Small weights fill a multiprocessor with more blocks instead.
-    per_sm = max(per_sm, min(_MOST_RESIDENT, _MOST_WARPS // warps))
+    per_sm = max(cut.per_sm, min(_MOST_RESIDENT, _MOST_WARPS // warps))
     resident = min(per_sm, _REGISTERS // (32 * warps * _FEWEST_REGISTERS))
     return GemvConfig(tiles, warps, blocks, per_sm, resident)
