@@ -1,12 +1,12 @@
 """Which configurations of the dequantisation kernel are fastest: the measurement behind the shipped choice.
 
-Run: python -m benchmarks.dequant.explore --out FOLDER [--open] [--bits 8,4,3,2,1] [--axes 1,0] [--only TEXT]
-     TRITON_INTERPRET=1 python -m benchmarks.dequant.explore --out FOLDER --open     (on a CPU: does it all run?)
---open takes the open questions of `variants` instead of the broad sweep; --only the cases whose name has TEXT in it.
+Run: python -m benchmarks.dequant.explore --out FOLDER [--bits 8,4,3,2,1] [--axes 1,0] [--only TEXT]
+     TRITON_INTERPRET=1 python -m benchmarks.dequant.explore --out FOLDER     (on a CPU: does it all run?)
+--only takes the cases whose name has TEXT in it.
 Prints each case's configurations, fastest first, as times over the floor (median, least and most of several captures;
 microseconds for short runs), the shipped one marked, and writes FOLDER/dequant_explore.json. Names are
-block/warps/steps and, after a letter each, stripe, burst@distance, Phase, cs for streaming, resident, turning, outer,
-grid, overlap (see `Config`). In the interpreter tensors are tiny and nothing is timed; results are checked in both.
+block/warps/steps and, after a letter each, stripe, burst@distance, Phase, cs for streaming, overlap (see `Config`). In
+the interpreter tensors are tiny and nothing is timed; results are checked in both.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.dequant.tensors import moved_bytes, random_qtensor
-from benchmarks.dequant.timing import bandwidth, buffer_sets, microseconds, steady_microseconds
-from benchmarks.dequant.variants import LARGE, SMALL, Case, broad, open_questions
+from benchmarks.dequant.timing import bandwidth, buffer_sets, steady_microseconds
+from benchmarks.dequant.variants import LARGE, SMALL, Case, sweep
 from benchmarks.dequant.warm import warm
 from benchmarks.harness import record, write_json
 from hqq.core.qtensor import QTensor
@@ -43,15 +43,7 @@ def name_of(config: Config) -> str:
     name += f" s{config.stripe}" if config.stripe else ""
     name += f" p{config.burst}@{config.distance}" if config.burst else ""
     name += f" P{config.phase}" if config.phase else ""
-    name += ("", " cs", " cs2")[config.streaming]
-    name += f" r{config.resident}" if config.resident else ""
-    return (
-        name
-        + " turning" * config.turning
-        + " outer" * config.outer
-        + " grid" * config.grid
-        + f" o{config.overlap}"
-    )
+    return name + " cs" * config.streaming + f" o{config.overlap}"
 
 
 def tensor_of(case: Case) -> QTensor:
@@ -105,27 +97,22 @@ def explore(case: Case, peak: float, captures: int) -> dict[str, Any]:
         for config, taken in times.items():
             function = partial(run_one, dtype=case.dtype, config=config)
             taken.append(steady_microseconds(function, inputs, 5 if case.large else 9))
-    paused = [
-        microseconds(partial(run_one, dtype=case.dtype, config=own), inputs, 7) for _ in range(3 * timed)
-    ]
     ranked = sorted(configs, key=lambda config: statistics.median(times[config] or [0.0]))
     return {
         "case": case.name,
         "floor_us": round(moved / peak * 1e6, 2),
         "shipped": name_of(own),
-        "shipped_with_pauses_us": [round(us, 3) for us in paused],
         "us": {name_of(config): [round(us, 3) for us in times[config]] for config in ranked},
     }
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:
     """Return what is printed of one case."""
-    floor, paused = found["floor_us"], found["shipped_with_pauses_us"]
-    if not paused:
+    floor = found["floor_us"]
+    if interpreting():
         return [f"## {found['case']}: {len(found['us'])} configurations, all right: {', '.join(found['us'])}"]
     unit = floor if floor > _LONG_US else 1.0
-    shown = " ".join(f"{us / unit:.3f}" for us in paused)
-    lines = [f"## {found['case']}: floor {floor} us; shipped, timed with pauses: {shown}"]
+    lines = [f"## {found['case']}: floor {floor} us"]
     for name, taken in found["us"].items():
         least, middle, most = (f"{f(taken) / unit:.3f}" for f in (min, statistics.median, max))
         mark = "*" if name == found["shipped"] else " "
@@ -140,18 +127,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--open", action="store_true", help="the open questions, not the broad sweep")
     parser.add_argument("--only", default="", help="only cases with this in their name")
-    parser.add_argument("--bits", default="4,1,8,3,2", help="of the broad sweep")
-    parser.add_argument("--axes", default="1,0", help="of the broad sweep")
+    parser.add_argument("--bits", default="4,1,8,3,2")
+    parser.add_argument("--axes", default="1,0")
     parser.add_argument("--captures", type=int, default=6, help="graphs per configuration")
     parser.add_argument("--seconds", type=float, default=400, help="start no further case after this long")
     parser.add_argument("--workers", type=int, default=14, help="processes that compile beforehand")
     arguments = parser.parse_args()
     begin = time.monotonic()
     bits, axes = (list(map(int, text.split(","))) for text in (arguments.bits, arguments.axes))
-    todo = open_questions() if arguments.open else broad([LARGE, SMALL], bits, axes)
-    todo = [case for case in todo if arguments.only in case.name]
+    todo = [case for case in sweep([LARGE, SMALL], bits, axes) if arguments.only in case.name]
     peak = 1.0
     if interpreting():
         todo = [replace(case, shape=(case.shape[0] // _TINY, case.shape[1] // _TINY)) for case in todo]

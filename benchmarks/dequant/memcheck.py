@@ -41,8 +41,8 @@ _SHAPES: tuple[tuple[Shape, int | None], ...] = (
 # The shipped choice, which leaves small tensors alone, and two with everything that large ones get.
 _CONFIGS: tuple[tuple[int, ...] | None, ...] = (
     None,
-    (64, 2, 2, 2, 3, 1, 1, 4),
-    (64, 1, 1, 2, 2, 4, 1, 3, 4, 6, 1, 1, 1),
+    (64, 2, 2, 2, 3, 1, 1, 3),
+    (64, 1, 1, 2, 2, 4, 1, 3, 4),
 )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.dequant.timing import buffer_sets, eager_microseconds, microseconds
+from benchmarks.dequant.timing import buffer_sets, eager_microseconds, steady_microseconds
 
 _DTYPE = torch.bfloat16
 
@@ -98,7 +98,7 @@ def measure(original: Any, case: dict[str, Any], aten: bool) -> dict[str, float]
     torch.testing.assert_close(compiled(first.W_q, first.meta), expected, rtol=0.02, atol=0.02)
     times = {
         "original": eager_microseconds(_dequantize, layers),
-        "original_compiled": microseconds(lambda layer: compiled(layer.W_q, layer.meta), layers, 7),
+        "original_compiled": steady_microseconds(lambda layer: compiled(layer.W_q, layer.meta), layers, 7),
     }
     if aten and case["axis"] == 0:
         torch.testing.assert_close(first.dequantize_aten(), expected, rtol=0.02, atol=0.02)

@@ -2,9 +2,9 @@
 
 Run: python -m benchmarks.dequant.run --out FOLDER [--peers [--original PACKAGE_FOLDER]] [--autotune]
 Writes FOLDER/dequant.json and prints a table. Microseconds per call, medians of CUDA-graph replays over rotated
-buffers (eager and extension without a graph), ours the median of five captures; the floor is the bytes of codes, scale,
-zero and result over the measured bandwidth. Without --original its formula is restated here, and the extension is left
-out.
+buffers, each sent while the one before still runs (eager and extension without a graph), ours the median of five
+captures; the floor is the bytes of codes, scale, zero and result over the measured bandwidth. Without --original its
+formula is restated here, and the extension is left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.dequant.peers import compiled, in_adjacent_rows, seed_kernels, unpack_eagerly
 from benchmarks.dequant.tensors import moved_bytes, random_qtensor
-from benchmarks.dequant.timing import bandwidth, buffer_sets, eager_microseconds, microseconds
+from benchmarks.dequant.timing import bandwidth, buffer_sets, eager_microseconds, steady_microseconds
 from benchmarks.dequant.warm import warm
 from benchmarks.harness import record, table, write_json
 from hqq.core.qtensor import QTensor
@@ -112,7 +112,9 @@ def measure(case: Case, peak: float, autotune: bool) -> tuple[_Times, list[QTens
     result = dequantize_qtensor(first, case.dtype)
     assert torch.equal(result, first.dequantize(case.dtype)), case
     del result
-    captures = [microseconds(lambda q: dequantize_qtensor(q, case.dtype), inputs) for _ in range(_CAPTURES)]
+    captures = [
+        steady_microseconds(lambda q: dequantize_qtensor(q, case.dtype), inputs) for _ in range(_CAPTURES)
+    ]
     ours = statistics.median(captures)
     floor = moved / peak * 1e6
     line = {
@@ -132,7 +134,7 @@ def seed_times(inputs: list[QTensor]) -> _Times:
     if inputs[0].spec.nbits not in (8, 4):
         return {}
     repacked = [w for w in map(in_adjacent_rows, inputs) if w is not None]
-    times = {block: microseconds(run, repacked, 7) for block, run in seed_kernels().items()}
+    times = {block: steady_microseconds(run, repacked, 7) for block, run in seed_kernels().items()}
     assert torch.equal(seed_kernels()[256](repacked[0]), inputs[0].dequantize())
     block = min(times, key=times.__getitem__)
     return {"seed_kernel": round(times[block], 1), "block_size": block}
@@ -144,7 +146,7 @@ def restated_times(inputs: list[QTensor]) -> _Times:
     torch.compiler.reset()
     return {
         "original": round(eager_microseconds(unpack_eagerly, inputs), 1),
-        "original_compiled": round(microseconds(compiled(), inputs, 7), 1),
+        "original_compiled": round(steady_microseconds(compiled(), inputs, 7), 1),
     }
 
 

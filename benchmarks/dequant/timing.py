@@ -103,5 +103,5 @@ def bandwidth() -> float:
     """Return what a large elementwise multiplication moves, read and written, in bytes per second."""
     inputs = [torch.rand(1 << 28, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     # A number, not a tensor: a factor in device memory takes torch's slower, general kernel.
-    best = min(microseconds(lambda x: x * 1.5, inputs) for _ in range(3))
+    best = min(steady_microseconds(lambda x: x * 1.5, inputs) for _ in range(3))
     return 2 * inputs[0].nbytes / (best * 1e-6)

@@ -22,20 +22,12 @@ class Config(NamedTuple):
     `burst`, `distance`: every burst-th program asks the L2 cache for the inputs of the `burst` programs that are
     `distance` further on; 0 leaves it to each program to load its own.
     `streaming`: 1 marks codes and results as not to be kept in the L2 cache, and scales and zeros of columns as to be
-    kept; 2 leaves those unmarked.
+    kept.
     `overlap`: programs start before the previous kernel on the stream ends, and wait for that before they read or
-    write; 1 lets the next kernel do so from the start, 2 once this one's inputs are asked for. 3 and 4 are like 1 and
-    2, and ask the L2 cache for their inputs before they wait.
+    write; 1 lets the next kernel do so from the start, 2 once this one's inputs are asked for; 3 is like 2, and asks
+    the L2 cache for its inputs before it waits.
     `phase`: the programs that ask are not every burst-th one, but the first of every `phase` programs, as many as
     need to (a multiple of `burst`), so that the memory reads for a while and then writes for a while; 0 spreads them.
-    `resident`: so many programs at most share a multiprocessor, so that what is written at a time lies close together;
-    0 lets as many in as fit.
-    `turning`: 1 goes through every other row of blocks backwards where groups are columns: the scales and zeros used
-    last are used first.
-    `outer`: 1 has the first program ask for the scales and zeros of quantised scales and zeros, where programs ask for
-    their inputs before they wait (overlap 3 and 4).
-    `grid`: 1 has the GPU number the programs of groups that are columns by column, row and stripe, where 0 has each of
-    them divide; the order is the same.
     """
 
     block: int
@@ -47,15 +39,9 @@ class Config(NamedTuple):
     streaming: int = 0
     overlap: int = 1
     phase: int = 0
-    resident: int = 0
-    turning: int = 0
-    outer: int = 0
-    grid: int = 0
 
 
-_LIMITS = Config(_LARGEST_BLOCK, 32, _MOST_STEPS, _LARGEST, 1024, _LARGEST, 2, 4, _LARGEST, 32, 1, 1, 1)
-# Programs are kept out by the shared memory that the others reserve. One can have 48 KiB of 228, and needs some itself.
-_LEAST_RESIDENT = 5
+_LIMITS = Config(_LARGEST_BLOCK, 32, _MOST_STEPS, _LARGEST, 1024, _LARGEST, 1, 3, _LARGEST)
 
 
 def check_config(config: Config) -> Config:
@@ -68,10 +54,6 @@ def check_config(config: Config) -> Config:
             raise ConfigError(
                 f"got {name}={value} for the dequantisation kernel; expected {kind} from {least} to {largest}"
             )
-    if 0 < config.resident < _LEAST_RESIDENT:
-        raise ConfigError(
-            f"got resident={config.resident} for the dequantisation kernel; expected 0 or {_LEAST_RESIDENT} at least"
-        )
     if config.burst and config.phase % config.burst:
         raise ConfigError(
             f"got phase={config.phase} with burst={config.burst}; expected a multiple of burst, or 0"
@@ -101,7 +83,7 @@ _LARGE_BYTES = 64 << 20
 _LARGE = {
     ("rows", 1): Config(2048, 8, 1, 0, 8, 1024, 1),
     ("rows", 2): Config(1024, 4, 1, 0, 8, 2048, 1),
-    ("rows", 4): Config(1024, 4, 1, 0, 8, 3072, 1),
+    ("rows", 4): Config(2048, 8, 1, 0, 4, 1024, 1, phase=1024),
     ("rows", 8): Config(2048, 8, 1, 0, 4, 1024, 1, phase=1024),
     ("rows", 10): Config(1024, 4, 1, 0, 4, 1024, 1),
     ("columns", 1): Config(1024, 4, 2, 1792, streaming=1),
@@ -111,16 +93,16 @@ _LARGE = {
     ("columns", 10): Config(1024, 4, 1, 1792, streaming=1),
 }
 _SMALL = {
-    ("rows", 1): Config(2048, 4, 2, overlap=4),
-    ("rows", 2): Config(2048, 4, 2, overlap=4),
-    ("rows", 4): Config(2048, 4, 1, streaming=1, overlap=4),
+    ("rows", 1): Config(2048, 4, 2, overlap=3),
+    ("rows", 2): Config(2048, 4, 2, overlap=3),
+    ("rows", 4): Config(1024, 2, 1, overlap=3),
     ("rows", 8): Config(2048, 4, 1, overlap=2),
-    ("rows", 10): Config(2048, 4, 1, overlap=4),
-    ("columns", 1): Config(1024, 4, 3, overlap=4),
-    ("columns", 2): Config(1024, 4, 3, overlap=4),
-    ("columns", 4): Config(2048, 8, 2, overlap=4),
+    ("rows", 10): Config(1024, 4, 1, overlap=3),
+    ("columns", 1): Config(1024, 4, 3, overlap=3),
+    ("columns", 2): Config(1024, 4, 3, overlap=3),
+    ("columns", 4): Config(2048, 8, 2, overlap=3),
     ("columns", 8): Config(2048, 8, 2, overlap=2),
-    ("columns", 10): Config(1024, 4, 1, overlap=4),
+    ("columns", 10): Config(1024, 4, 1, overlap=3),
 }
 
 
@@ -144,8 +126,7 @@ def candidates(view: MatrixView, fields: int, out_itemsize: int) -> list[Config]
     tiles = [(full_width(out_itemsize, w), w) for w in (2, 4, 8)] + [(full_width(out_itemsize, 8), 4)]
     steps = [s for s in ((1, 2, 4, 8) if columns else (1, 2)) if s <= view.packed_rows]
     tried = [first._replace(block=block, warps=warps, steps=s) for block, warps in tiles for s in steps]
-    tried += [first._replace(overlap=overlap) for overlap in (1, 2, 4)]
-    tried += [first._replace(grid=1)] if columns else []
+    tried += [first._replace(overlap=overlap) for overlap in (1, 2, 3)]
     if first.burst:
         tried += [first._replace(burst=burst, distance=d) for burst in (0, 8) for d in (1024, 2048)]
         tried += [first._replace(stripe=stripe) for stripe in (0, 896, 3584) if columns]

@@ -35,12 +35,6 @@ def wait_for_previous():
 
 
 @triton.jit
-def reserve_shared(pid, RESERVE: tl.constexpr):
-    """Reserve shared memory, with PTX that names its size, so that fewer programs fit on a multiprocessor."""
-    tl.inline_asm_elementwise(RESERVE, "=r,r", [pid], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
 def prefetch_codes(W_q, packed_rows, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr):
     """Ask for ROWS packed rows, COLUMNS wide, from `row` on."""
     first = tl.cast(row, tl.int64) * COLUMNS

@@ -24,9 +24,6 @@ _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl
 _ASM_NAME = {torch.float16: "f16", torch.bfloat16: "bf16"}
 _NO_ASM = FieldAsm((), "", 1)
 _INT32_LIMIT = 1 << 31
-_MOST_ON_AXIS = 65535  # programs along the second and third axis of a grid
-# Shared memory in bytes: what CUDA adds to a block's own, and in what units it is given.
-_SYSTEM_SHARED, _SHARED_UNIT = 1024, 128
 
 
 def new_output(spec: QSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -70,29 +67,21 @@ def launch(
     column_blocks = triton.cdiv(view.columns, tile_columns)
     by_columns = view.groups == "columns"
     # Tiles that hold several whole rows do not lie one behind the other as prefetching takes it for granted.
-    hopper = _has_bulk_prefetch(W_q.device)
-    ahead = hopper and not (by_columns and tile_rows > 1)
+    ahead = _has_bulk_prefetch(W_q.device) and not (by_columns and tile_rows > 1)
     overlap = config.overlap if _has_overlap(W_q.device) else 0
-    if not ahead and overlap > 2:
-        overlap -= 2
+    if not ahead:
+        overlap = min(overlap, 2)
     span = _span(view, tile_rows, tile_columns)
     stat_asm = None
     if ptx.texts and by_columns:
         stat_asm = field_asm(_ASM_NAME[out_dtype], 8, 1).texts[0]
     striped = by_columns and 0 < config.stripe < column_blocks
-    stripe, grid = config.stripe, [row_blocks * column_blocks]
-    if config.grid and by_columns:
-        # Stripes of one width, so that the grid has next to nothing beyond the last column.
-        stripes = triton.cdiv(column_blocks, stripe) if striped else 1
-        if max(row_blocks, stripes) <= _MOST_ON_AXIS:
-            stripe = triton.cdiv(column_blocks, stripes)
-            grid = [stripe, row_blocks, stripes]
-    # No address is beyond two rows more than there are: tiles and grids reach further than the matrix.
-    reach = (row_blocks * config.steps + 2) * tile_rows + (fmt.fields - 1) * view.packed_rows
+    # Tiles reach further than the matrix.
+    reach = row_blocks * config.steps * tile_rows + (fmt.fields - 1) * view.packed_rows
     with on(W_q.device):
         if W_q.device.type == "cuda":
             start_triton()
-        dequantize_kernel[tuple(grid)](
+        dequantize_kernel[(row_blocks * column_blocks,)](
             W_q,
             out,
             scale.values,
@@ -107,7 +96,7 @@ def launch(
             view.columns,
             scale.period,
             zero.period,
-            stripe,
+            config.stripe,
             config.distance,
             BITS=fmt.bits,
             FIELDS=fmt.fields,
@@ -120,10 +109,6 @@ def launch(
             BURST=config.burst if ahead else 0,
             PHASE=config.phase or config.burst,
             OVERLAP=overlap,
-            RESERVE=_reserve(config.resident, W_q.device) if config.resident and hopper else None,
-            TURNING=bool(config.turning),
-            OUTER=bool(config.outer) and overlap > 2 and (scale.scale is not None or zero.scale is not None),
-            GRID=len(grid) > 1,
             SCALE_MODE=_mode(scale, span),
             ZERO_MODE=_mode(zero, span),
             SPAN=span,
@@ -132,12 +117,12 @@ def launch(
             DIFFERENCE=_TL[difference],
             PRODUCT=_TL[product],
             OUT=_TL[out_dtype],
-            WIDE=reach * view.columns + 2 * tile_columns >= _INT32_LIMIT,
+            WIDE=reach * view.columns + tile_columns >= _INT32_LIMIT,
             ASM=ptx.texts or None,
             CONSTRAINTS=ptx.constraints,
             PACK=ptx.pack,
             LOAD_POLICY="evict_first" if config.streaming else "",
-            STAT_POLICY="evict_last" if config.streaming == 1 and by_columns else "",
+            STAT_POLICY="evict_last" if config.streaming and by_columns else "",
             STORE_HINT=".cs" if config.streaming else "",
             THREADS=32 * config.warps,
             INTERPRETED=interpreting(),
@@ -146,16 +131,6 @@ def launch(
             **({"launch_pdl": True} if overlap else {}),
         )
     return out
-
-
-@cache
-def _reserve(resident: int, device: torch.device) -> str:
-    """Return PTX that takes as much shared memory as leaves room for `resident` programs and no more."""
-    room = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-    size = room // (resident + 1) - _SYSTEM_SHARED + _SHARED_UNIT
-    size -= size % _SHARED_UNIT
-    # The store keeps the compiler from leaving out what nothing reads.
-    return f"{{ .shared .align 16 .b32 reserved[{size // 4}]; st.volatile.shared.u32 [reserved], $1; mov.u32 $0, 0; }}"
 
 
 def matrix_view(spec: QSpec, config: Config) -> MatrixView:

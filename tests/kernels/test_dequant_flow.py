@@ -111,13 +111,11 @@ def tensor(
 
 @pytest.mark.parametrize("axis", [1, 0])
 @pytest.mark.parametrize("nbits", [8, 4, 3, 1])
-@pytest.mark.parametrize("grid", [0, 1])
 def test_each_program_asks_for_its_inputs(
-    grid: int, nbits: float, axis: int, rng: torch.Generator, device: torch.device, asked: Asked
+    nbits: float, axis: int, rng: torch.Generator, device: torch.device, asked: Asked
 ) -> None:
     q = tensor(rng, device, nbits, axis)
-    config = Config(1024, 4, 2, overlap=4, grid=grid)
-    result = dequantize_qtensor(q, config=config)
+    result = dequantize_qtensor(q, config=Config(1024, 4, 2, overlap=3))
     assert torch.equal(bits_of(result), bits_of(q.dequantize()))
     check_all_asked(read_first(q), asked)
     check_within(read_first(q), asked)
@@ -128,7 +126,7 @@ def test_the_first_program_asks_for_outer_statistics(
     quantised: bool, rng: torch.Generator, device: torch.device, asked: Asked
 ) -> None:
     q = tensor(rng, device, 4, 1, quantised)
-    result = dequantize_qtensor(q, torch.bfloat16, config=Config(2048, 8, 1, overlap=4, outer=1))
+    result = dequantize_qtensor(q, torch.bfloat16, config=Config(2048, 8, 1, overlap=3))
     assert torch.equal(bits_of(result), bits_of(q.dequantize(torch.bfloat16)))
     assert len(read_second(q)) == 4 * quantised
     for part in read_second(q):
@@ -137,23 +135,15 @@ def test_the_first_program_asks_for_outer_statistics(
     check_within(read_first(q) + read_second(q), asked)
 
 
-# Backwards or not, askers spread or in phases; with distance 0 they ask for all programs, if stripes are multiples of
-# the two programs that one asks for.
+# Askers spread or in phases; with distance 0 they ask for all programs, if stripes are multiples of the two programs
+# that one asks for.
 @pytest.mark.parametrize("phase", [0, 8])
-@pytest.mark.parametrize("grid", [0, 1])
-@pytest.mark.parametrize("turning", [0, 1])
 @pytest.mark.parametrize("stripe", [0, 2])
 def test_some_programs_ask_for_all_columns(
-    stripe: int,
-    turning: int,
-    grid: int,
-    phase: int,
-    rng: torch.Generator,
-    device: torch.device,
-    asked: Asked,
+    stripe: int, phase: int, rng: torch.Generator, device: torch.device, asked: Asked
 ) -> None:
     q = tensor(rng, device, 4, 0)
-    config = Config(1024, 4, 1, stripe, 2, 0, 1, 1, phase, 0, turning, 0, grid)
+    config = Config(1024, 4, 1, stripe, 2, 0, 1, 1, phase)
     result = dequantize_qtensor(q, config=config)
     assert torch.equal(bits_of(result), bits_of(q.dequantize()))
     check_all_asked(read_first(q), asked)
