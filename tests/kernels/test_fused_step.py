@@ -231,6 +231,55 @@ def test_products_bring_norms_gates_and_sums_along(
     assert (got - expected).abs().max() <= 16 * 2.0**-11 * expected.abs().max()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral with a window"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_comes_behind_a_prompt_changes_nothing(
+    padded: bool, family: str, seed: int, device: torch.device
+) -> None:
+    """Prompts may be filled up to the length of a recorded pass."""
+    from hqq.models.generation.decoder import Decoder
+    from hqq.models.generation.family import take_apart
+    from hqq.models.generation.sampling import Sampling
+
+    model = build(family, seed, device)
+    ids = torch.randint(0, 258, (2, 30), device=device)
+    mask = torch.ones(2, 21, dtype=torch.int64, device=device)
+    mask[1, : 5 * padded] = 0
+    logits = []
+    for places in (21, 30):
+        decoder = Decoder(model, 2, 64, device, Sampling(), (), 0)
+        decoder.fuse(take_apart(model))
+        fused = decoder._fused
+        assert fused is not None
+        fused.prompt(ids[:, :21], mask)
+        last = torch.arange(2, device=device) * places + 20
+        after_prompt = fused._pass(ids[:, :places].contiguous(), last, padded)
+        logits.append((after_prompt.double(), fused.logits(ids[:, :1]).double()))
+    for got, expected in zip(*logits, strict=True):
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["llama", "mistral with a window"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_prompts_are_graphs_when_their_length_comes_again(
+    batch: int, family: str, seed: int, device: torch.device, tokenizer: Any
+) -> None:
+    generator = HFGenerator(build(family, seed, device), tokenizer, 8, cache_size=96)
+    for length in (20, 64, 63, 40, 80, 65, 88, 5):
+        prompts = [
+            "".join(chr(97 + (i * i + row) % 26) for i in range(length - 3 * row)) for row in range(batch)
+        ]
+        got = generator.generate(prompts, use_chat_template=False)
+        check(generator, prompts, [tokens.tolist() for tokens in got["output_tokens"]])
+    decoder = generator._decoder
+    assert decoder is not None and decoder._fused is not None
+    recorded = decoder._fused._prompts._recorded
+    assert set(recorded) == {(64, batch > 1), (96, batch > 1)} and all(recorded.values())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("batch", [1, 3, 64])

@@ -18,6 +18,7 @@ from hqq.kernels.decode_prompt import prompt_heads
 from hqq.models.generation.family import Family, Layer
 from hqq.models.generation.products import Stream
 from hqq.models.generation.prompt_attention import attend, prompt_mask
+from hqq.models.generation.prompt_graphs import PromptGraphs
 from hqq.models.generation.sampling import Sampling
 
 
@@ -72,15 +73,20 @@ class FusedStep:
         self._cos, self._sin = family.rotation(length)
         self._space = AttentionSpace.make(batch, kv_heads, family.heads // kv_heads, head, length, device)
         self._space_to_choose: ChoiceSpace | None = None
+        self._prompts = PromptGraphs(self._pass, length)
         self.begins = torch.zeros(batch, dtype=torch.int32, device=device)
         self.positions = torch.zeros(batch, dtype=torch.int32, device=device)
 
     def prompt(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Take up prompts [B, M], padded on the left as the mask [B, M] says; return the logits [B, V] after them."""
-        rows, tokens = input_ids.shape
+        tokens = input_ids.shape[1]
         self.begins.copy_(tokens - attention_mask.sum(1))
         self.positions.fill_(tokens)
-        padded = bool(self.begins.any())
+        return self._prompts(input_ids, bool(self.begins.any()))
+
+    def _pass(self, input_ids: Tensor, last: Tensor, padded: bool) -> Tensor:
+        """Return the logits [B, V] after the tokens `last` [B] of all; see `PromptGraphs`."""
+        rows, tokens = input_ids.shape
         masks: dict[int | None, Tensor | None] = {}
 
         def attention(layer: _Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -95,8 +101,7 @@ class FusedStep:
             result = attend(queries, keys, values, masks[window], self._family.scale)
             return result.transpose(1, 2).reshape(rows * tokens, -1)
 
-        stream = self._through(input_ids.reshape(-1), attention)
-        return self._head(stream.at(slice(tokens - 1, None, tokens)))
+        return self._head(self._through(input_ids.reshape(-1), attention).at(last))
 
     def logits(self, token: Tensor) -> Tensor:
         """Return the logits [B, V] after `token` [B, 1], which is in the cache then; `positions` stay as they are."""

@@ -21,11 +21,9 @@ class Stream:
     hidden: Tensor
     delta: Tensor | None = None
 
-    def at(self, rows: slice) -> Stream:
-        """Return some of the tokens."""
-        return Stream(
-            self.hidden[rows].contiguous(), None if self.delta is None else self.delta[rows].contiguous()
-        )
+    def at(self, rows: Tensor) -> Stream:
+        """Return the tokens at `rows` [B]."""
+        return Stream(self.hidden[rows], None if self.delta is None else self.delta[rows])
 
     def normed(self, norm: Norm) -> Tensor:
         """Return the norm of the sum, and keep the sum."""
