@@ -47,6 +47,7 @@ def measure(name: str, layers: int, batches: tuple[int, ...]) -> list[dict[str, 
     for batch in batches:
         generator = started(model, batch, _PROMPT, _STEPS + 32, _CACHE)
         prompt = milliseconds_of_prompt(generator)
+        new_prompt = milliseconds_of_prompt(generator, new=True)
         step = milliseconds_per_step(generator, _STEPS)
         lines.append(
             {
@@ -56,6 +57,7 @@ def measure(name: str, layers: int, batches: tuple[int, ...]) -> list[dict[str, 
                 "tokens_per_second": round(batch * 1e3 / step, 1),
                 "step_ms": round(step, 4),
                 "prompt_ms": round(prompt, 2),
+                "new_prompt_ms": round(new_prompt, 2),
                 "weights_gb": round(kept / 1e9, 2),
                 "step": "fused" if generator.step_reason is None else generator.step_reason,
                 "breakdown": breakdown(generator, generator.prefill()),

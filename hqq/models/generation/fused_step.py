@@ -84,6 +84,10 @@ class FusedStep:
         self.positions.fill_(tokens)
         return self._prompts(input_ids, bool(self.begins.any()))
 
+    def forget_prompts(self) -> None:
+        """Forget which lengths there were, and what was recorded for them."""
+        self._prompts.clear()
+
     def _pass(self, input_ids: Tensor, last: Tensor, padded: bool) -> Tensor:
         """Return the logits [B, V] after the tokens `last` [B] of all; see `PromptGraphs`."""
         rows, tokens = input_ids.shape

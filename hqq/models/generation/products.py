@@ -10,7 +10,7 @@ from hqq.backends.merge import Projections
 from hqq.kernels.decode_mlp import silu_mul
 from hqq.kernels.decode_norm import add_norm
 from hqq.kernels.tiled_gemv import Norm
-from hqq.kernels.tiled_step import step_linear, takes
+from hqq.kernels.tiled_step import NORM_TOKENS, step_linear, takes
 from hqq.kernels.tiled_weight import TiledWeight
 
 
@@ -33,27 +33,29 @@ class Stream:
 
     def project(self, norm: Norm, projections: Projections) -> tuple[Tensor, ...]:
         """Return the products of the norm with each layer's weight."""
-        weight = self._at_once(self.hidden, projections)
-        if weight is None:
+        weight = projections.weight
+        if weight is None or not self._norms(weight):
             return projections(self.normed(norm))
         return projections.split(step_linear(self.hidden, weight, projections.bias, norm=norm))
 
     def gated(self, norm: Norm, gate_up: Projections) -> Tensor:
         """Return `silu(gate) * up` of the norm's products with two weights."""
-        weight = self._at_once(self.hidden, gate_up, gated=True)
-        if weight is None:
+        weight = gate_up.weight
+        if weight is None or not takes(weight, self.hidden, gated=True):
             return silu_mul(*self.project(norm, gate_up))
+        if not self._norms(weight):
+            return step_linear(self.normed(norm), weight, gate_up.bias, gated=True)
         return step_linear(self.hidden, weight, gate_up.bias, norm=norm, gated=True)
 
     def plus(self, x: Tensor, projection: Projections) -> Stream:
         """Return the stream with the product of `x` and one weight added."""
-        weight = self._at_once(x, projection)
-        if weight is None:
+        weight = projection.weight
+        if weight is None or self.delta is not None or not takes(weight, x):
             (delta,) = projection(x)
             return Stream(self.hidden, delta)
         return Stream(step_linear(x, weight, projection.bias, residual=self.hidden))
 
-    def _at_once(self, x: Tensor, projections: Projections, gated: bool = False) -> TiledWeight | None:
-        """Return the weight, if one kernel multiplies it with x and does what stands around the product."""
-        weight = projections.weight
-        return weight if self.delta is None and weight is not None and takes(weight, x, gated) else None
+    def _norms(self, weight: TiledWeight) -> bool:
+        """Whether the product with `weight` brings the norm along: it cannot add what is still to be added."""
+        few = len(self.hidden) <= NORM_TOKENS
+        return few and self.delta is None and takes(weight, self.hidden)

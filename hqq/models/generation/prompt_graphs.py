@@ -60,6 +60,11 @@ class PromptGraphs:
             recorded.graph.replay()
         return recorded.logits
 
+    def clear(self) -> None:
+        """Forget which lengths there were, and what was recorded for them."""
+        self._recorded.clear()
+        self._pool = None
+
     def _record(self, rows: int, places: int, padded: bool, device: torch.device) -> _Recorded:
         input_ids = torch.zeros(rows, places, dtype=torch.int64, device=device)
         last = _last(rows, places, places, device)
