@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hqq.errors import ShapeError
+from hqq.kernels.tile_layout import TILE_ROWS
 from hqq.kernels.tiled_gemv import Norm, launch_gemv
 from hqq.kernels.tiled_op import aligned, check_operands, route_on, tiled_dequantize
 from hqq.kernels.tiled_tune import gemv_config, work_with
@@ -18,9 +19,16 @@ NORM_TOKENS = 4
 
 
 def takes(weight: TiledWeight, x: Tensor, gated: bool = False) -> bool:
-    """Whether `step_linear` is one kernel for x [M, K]: few tokens, on a GPU with the kernels; a gate with axis=1."""
-    fits = x.dtype == weight.dtype and x.device == weight.device and not (gated and weight.spec.axis == 0)
+    """Whether `step_linear` is one kernel for x [M, K]: few tokens, on a GPU with the kernels; a gate as `gate_fits`."""
+    fits = x.dtype == weight.dtype and x.device == weight.device and (not gated or gate_fits(weight))
     return fits and x.is_cuda and route_on(work_with(weight, x.shape[0]), x.device) == "gemv"
+
+
+def gate_fits(weight: TiledWeight) -> bool:
+    """Whether the first half of the outputs has row tiles of its own, as many as the second, with axis=1."""
+    N = weight.spec.shape[0]
+    joined = len(weight.parts) == 2 and len({part.shape for part in weight.parts}) == 1
+    return weight.spec.axis == 1 and (joined or (len(weight.parts) == 1 and N % (2 * TILE_ROWS) == 0))
 
 
 def step_linear(

@@ -11,7 +11,7 @@ from hqq.errors import DtypeError, ShapeError
 from hqq.kernels import tiled_gemv, tiled_step
 from hqq.kernels.tiled_gemv import Norm
 from hqq.kernels.tiled_gemv_config import choose_gemv
-from hqq.kernels.tiled_step import step_linear, takes
+from hqq.kernels.tiled_step import gate_fits, step_linear, takes
 from hqq.kernels.tiled_weight import TiledWeight
 from tests.kernels.cuda_on_host.host_kernel import compiler
 from tests.kernels.cuda_on_host.launchers import kernels_on_host
@@ -69,3 +69,13 @@ def test_what_it_refuses() -> None:
         step_linear(x, weight, norm=Norm(torch.rand(K - 1).to(DTYPE), 1e-6))
     with pytest.raises(ShapeError, match=r"got a residual of shape \(2, 96\); expected \(2, 48\)"):
         step_linear(x, weight, gated=True, residual=torch.randn(2, 2 * N).to(DTYPE))
+
+
+def test_a_gate_needs_row_tiles_of_its_own() -> None:
+    def single(rows: int, axis: int = 1) -> TiledWeight:
+        return TiledWeight.from_qtensor(random_qtensor(4, rows, K, axis, 16, DTYPE), DTYPE)
+
+    assert gate_fits(weight_of(1)[0]) and not gate_fits(weight_of(0)[0])
+    assert gate_fits(single(64)) and not gate_fits(single(64, axis=0))
+    assert not gate_fits(single(48)), "the second tile has rows of the gate and of the other"
+    assert not gate_fits(TiledWeight.cat([single(32), single(64)]))
