@@ -116,6 +116,7 @@ _PRODUCTS = {
     ("activation", "norm"): ("down",),
     ("activation", "attention"): ("down", "qkv"),
     ("activation", "choice"): ("down", "lm_head"),
+    ("norm", "norm"): ("gate_up", "down"),
     ("norm", "choice"): ("lm_head",),
 }
 

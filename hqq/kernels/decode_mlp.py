@@ -15,7 +15,7 @@ from hqq.kernels.dequant_flow import start_next, wait_for_previous
 from hqq.kernels.device import on
 from hqq.kernels.rounding import rounded
 
-_BLOCK = 512
+_BLOCK = 1024
 
 
 @triton.jit
