@@ -19,7 +19,7 @@ NORM_TOKENS = 4
 
 
 def takes(weight: TiledWeight, x: Tensor, gated: bool = False) -> bool:
-    """Whether `step_linear` is one kernel for x [M, K]: few tokens, on a GPU with the kernels; a gate as `gate_fits`."""
+    """Whether `step_linear` is one kernel for x [M, K]: few tokens, a GPU with the kernels; a gate as `gate_fits`."""
     fits = x.dtype == weight.dtype and x.device == weight.device and (not gated or gate_fits(weight))
     return fits and x.is_cuda and route_on(work_with(weight, x.shape[0]), x.device) == "gemv"
 
