@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from hqq.kernels import TiledWeight, tiled_dequantize, tiled_linear
 from hqq.kernels.cuda import unavailable_reason
+from tests.kernels.quantized import ALLOW_SCRIPT_METHOD
 from tests.kernels.tiled import LIMIT, exact, random_qtensor
 
 pytestmark = pytest.mark.gpu
@@ -79,6 +80,7 @@ def test_joined_weights() -> None:
             assert float((together.double() - expected).norm() / expected.norm()) <= LIMIT[torch.bfloat16]
 
 
+@ALLOW_SCRIPT_METHOD
 @pytest.mark.parametrize("M", [1, 40, 600])
 def test_graphs_streams_and_compile(M: int) -> None:
     q = random_qtensor(3, 512, 768, 1, 64, torch.float16, "cuda")
