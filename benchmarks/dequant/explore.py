@@ -5,8 +5,8 @@ Run: python -m benchmarks.dequant.explore --out FOLDER [--bits 8,4,3,2,1] [--axe
 --only takes the cases whose name has TEXT in it.
 Prints each case's configurations, fastest first, as times over the floor (median, least and most of several captures;
 microseconds for short runs), the shipped one marked, and writes FOLDER/dequant_explore.json. Names are
-block/warps/steps and, after a letter each, stripe, burst@distance, Phase, cs for streaming, overlap (see `Config`). In
-the interpreter tensors are tiny and nothing is timed; results are checked in both.
+block/warps/steps and, after a letter each, stripe, burst@distance, Phase, cs for streaming, resident, overlap (see
+`Config`). In the interpreter tensors are tiny and nothing is timed; results are checked in both.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def name_of(config: Config) -> str:
     name += f" s{config.stripe}" if config.stripe else ""
     name += f" p{config.burst}@{config.distance}" if config.burst else ""
     name += f" P{config.phase}" if config.phase else ""
-    return name + " cs" * config.streaming + f" o{config.overlap}"
+    name += " cs" * config.streaming
+    name += f" r{config.resident}" if config.resident else ""
+    return name + f" o{config.overlap}"
 
 
 def tensor_of(case: Case) -> QTensor:

@@ -42,7 +42,7 @@ _SHAPES: tuple[tuple[Shape, int | None], ...] = (
 _CONFIGS: tuple[tuple[int, ...] | None, ...] = (
     None,
     (64, 2, 2, 2, 3, 1, 1, 3),
-    (64, 1, 1, 2, 2, 4, 1, 3, 4),
+    (64, 1, 1, 2, 2, 4, 1, 3, 4, 6),
 )
 
 

@@ -28,6 +28,8 @@ class Config(NamedTuple):
     the L2 cache for its inputs before it waits.
     `phase`: the programs that ask are not every burst-th one, but the first of every `phase` programs, as many as
     need to (a multiple of `burst`), so that the memory reads for a while and then writes for a while; 0 spreads them.
+    `resident`: so many programs at most share a multiprocessor, so that what is written at a time lies close together;
+    0 lets as many in as fit.
     """
 
     block: int
@@ -39,9 +41,12 @@ class Config(NamedTuple):
     streaming: int = 0
     overlap: int = 1
     phase: int = 0
+    resident: int = 0
 
 
-_LIMITS = Config(_LARGEST_BLOCK, 32, _MOST_STEPS, _LARGEST, 1024, _LARGEST, 1, 3, _LARGEST)
+_LIMITS = Config(_LARGEST_BLOCK, 32, _MOST_STEPS, _LARGEST, 1024, _LARGEST, 1, 3, _LARGEST, 32)
+# Programs are kept out by the shared memory that the others reserve. One can have 48 KiB of 228, and needs some itself.
+_LEAST_RESIDENT = 5
 
 
 def check_config(config: Config) -> Config:
@@ -54,6 +59,10 @@ def check_config(config: Config) -> Config:
             raise ConfigError(
                 f"got {name}={value} for the dequantisation kernel; expected {kind} from {least} to {largest}"
             )
+    if 0 < config.resident < _LEAST_RESIDENT:
+        raise ConfigError(
+            f"got resident={config.resident} for the dequantisation kernel; expected 0 or {_LEAST_RESIDENT} at least"
+        )
     if config.burst and config.phase % config.burst:
         raise ConfigError(
             f"got phase={config.phase} with burst={config.burst}; expected a multiple of burst, or 0"
@@ -87,9 +96,9 @@ _LARGE = {
     ("rows", 8): Config(2048, 8, 1, 0, 4, 1024, 1, phase=1024),
     ("rows", 10): Config(1024, 4, 1, 0, 4, 1024, 1),
     ("columns", 1): Config(1024, 4, 2, 1792, streaming=1),
-    ("columns", 2): Config(1024, 4, 1, 1792, streaming=1),
-    ("columns", 4): Config(1024, 4, 1, 1792, 16, 1024, 1),
-    ("columns", 8): Config(1024, 4, 1, 1792, 16, 1024, 1),
+    ("columns", 2): Config(1024, 4, 1, 1792, 16, 1024, 1, resident=8),
+    ("columns", 4): Config(1024, 4, 1, 1792, 16, 1024, 1, resident=8),
+    ("columns", 8): Config(2048, 8, 1, 896, 8, 896, 1, phase=896),
     ("columns", 10): Config(1024, 4, 1, 1792, streaming=1),
 }
 _SMALL = {

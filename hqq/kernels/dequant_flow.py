@@ -35,6 +35,12 @@ def wait_for_previous():
 
 
 @triton.jit
+def reserve_shared(pid, RESERVE: tl.constexpr):
+    """Reserve shared memory, with PTX that names its size, so that fewer programs fit on a multiprocessor."""
+    tl.inline_asm_elementwise(RESERVE, "=r,r", [pid], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def prefetch_codes(W_q, packed_rows, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr):
     """Ask for ROWS packed rows, COLUMNS wide, from `row` on."""
     first = tl.cast(row, tl.int64) * COLUMNS
@@ -64,8 +70,6 @@ def prefetch_groups(
 @triton.jit
 def prefetch_columns(
     W_q,
-    scale,
-    zero,
     packed_rows,
     columns,
     row,
@@ -74,13 +78,16 @@ def prefetch_columns(
     ROWS: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Ask for COLUMNS columns of ROWS packed rows, and with the first row for the columns' scale and zero."""
-    row = tl.cast(row, tl.int64)
-    first = row * columns + column
+    """Ask for COLUMNS columns of ROWS packed rows."""
+    first = tl.cast(row, tl.int64) * columns + column
     _prefetch(W_q, packed_rows.to(tl.int64) * columns, first, columns, COLUMNS, ROWS, LONG, THREADS)
-    if row == 0:
-        _prefetch(scale, columns, column, 0, COLUMNS, 1, LONG, THREADS)
-        _prefetch(zero, columns, column, 0, COLUMNS, 1, LONG, THREADS)
+
+
+@triton.jit
+def prefetch_stats_of_columns(scale, zero, columns, column, COLUMNS: tl.constexpr, THREADS: tl.constexpr):
+    """Ask for scale and zero of COLUMNS columns."""
+    _prefetch(scale, columns, column, 0, COLUMNS, 1, LONG, THREADS)
+    _prefetch(zero, columns, column, 0, COLUMNS, 1, LONG, THREADS)
 
 
 @triton.jit

@@ -13,6 +13,8 @@ of the programs, `dequant_flow` what keeps memory busy: prefetching, and startin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 
@@ -21,6 +23,8 @@ from hqq.kernels.dequant_flow import (
     prefetch_columns,
     prefetch_groups,
     prefetch_outer,
+    prefetch_stats_of_columns,
+    reserve_shared,
     start_next,
     wait_for_previous,
 )
@@ -29,6 +33,7 @@ from hqq.kernels.dequant_value import field_of, load_stats
 
 # Only `columns` says how addresses are aligned; the other numbers would but multiply the compiled variants.
 _JUST_NUMBERS = ["rows", "packed_rows", "packed_groups", "scale_period", "zero_period", "stripe", "distance"]
+_NUMBERS = [*_JUST_NUMBERS, "columns"]
 
 
 @triton.jit(do_not_specialize=_JUST_NUMBERS)
@@ -60,6 +65,7 @@ def dequantize_kernel(
     BURST: tl.constexpr,
     PHASE: tl.constexpr,
     OVERLAP: tl.constexpr,
+    RESERVE: tl.constexpr,
     SCALE_MODE: tl.constexpr,
     ZERO_MODE: tl.constexpr,
     SPAN: tl.constexpr,
@@ -80,11 +86,14 @@ def dequantize_kernel(
 ):
     """Dequantise STEPS tiles [TILE_ROWS, TILE_COLUMNS] of packed codes, one below the other.
 
-    stripe (if STRIPED), distance, BURST, PHASE, OVERLAP: see `Config`. WIDE: addresses need 64 bits. STAT: dtype that
-    quantised scale and zero are dequantised to; SPAN: see `load_stat`. ASM: PTX for each field, or None for arithmetic
-    that Triton writes, with roundings to DIFFERENCE, PRODUCT and OUT; STAT_ASM: the same for scale and zero.
+    stripe (if STRIPED), distance, BURST, PHASE, OVERLAP: see `Config`. RESERVE: None, or PTX that takes shared memory.
+    WIDE: addresses need 64 bits. STAT: dtype that quantised scale and zero are dequantised to; SPAN: see `load_stat`.
+    ASM: PTX for each field, or None for arithmetic that Triton writes, with roundings to DIFFERENCE, PRODUCT and OUT;
+    STAT_ASM: the same for scale and zero.
     """
     pid, programs = tl.program_id(0), tl.num_programs(0)
+    if RESERVE is not None:
+        reserve_shared(pid, RESERVE)
     if OVERLAP == 1:
         start_next()
     if GROUPS == "columns":
@@ -104,8 +113,6 @@ def dequantize_kernel(
                 ahead_row, ahead_column = block_of(ahead, blocks, row_blocks, stripe, STRIPED)
                 prefetch_columns(
                     W_q,
-                    scale,
-                    zero,
                     packed_rows,
                     columns,
                     ahead_row * STEPS,
@@ -144,18 +151,10 @@ def dequantize_kernel(
             prefetch_outer(scale_scale, scale_zero, scale_period, SCALE_MODE, THREADS)
             prefetch_outer(zero_scale, zero_zero, zero_period, ZERO_MODE, THREADS)
         if GROUPS == "columns":
-            prefetch_columns(
-                W_q,
-                scale,
-                zero,
-                packed_rows,
-                columns,
-                block_row * STEPS,
-                block_column * TILE_COLUMNS,
-                TILE_COLUMNS,
-                STEPS,
-                THREADS,
-            )
+            first_row, first_column = block_row * STEPS, block_column * TILE_COLUMNS
+            prefetch_columns(W_q, packed_rows, columns, first_row, first_column, TILE_COLUMNS, STEPS, THREADS)
+            if block_row == 0:
+                prefetch_stats_of_columns(scale, zero, columns, first_column, TILE_COLUMNS, THREADS)
         else:
             of_tile = block_row * (TILE_ROWS * STEPS)
             prefetch_codes(W_q, packed_rows, of_tile, TILE_ROWS * STEPS, TILE_COLUMNS, THREADS)
@@ -256,3 +255,15 @@ def dequantize_kernel(
             in_field = kept[t] & (of_step + i * packed_rows < rows)[:, None]
             target = out + i * packed_rows * width + t * TILE_ROWS * width + place
             tl.store(target, value, mask=in_field, cache_modifier=STORE_HINT)
+
+
+def signature_of(absent: Sequence[str]) -> list[str]:
+    """Return the kind of each parameter in Triton's names: a pointer to whatever it is, a number, or a constant.
+
+    absent: names of those that are None.
+    """
+    kinds = []
+    for parameter in dequantize_kernel.params:
+        constant = parameter.is_constexpr or parameter.name in absent
+        kinds.append("constexpr" if constant else "i32" if parameter.name in _NUMBERS else "*u8")
+    return kinds

@@ -14,7 +14,7 @@ from hqq.kernels.availability import interpreting
 from hqq.kernels.dequant_asm import FieldAsm, field_asm
 from hqq.kernels.dequant_config import Config
 from hqq.kernels.dequant_flow import GDC_WAIT
-from hqq.kernels.dequant_kernel import dequantize_kernel
+from hqq.kernels.dequant_kernel import dequantize_kernel, signature_of
 from hqq.kernels.dequant_plan import Stat
 from hqq.kernels.dequant_start import start_triton
 from hqq.kernels.dequant_view import MatrixView, view_of
@@ -24,6 +24,8 @@ _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl
 _ASM_NAME = {torch.float16: "f16", torch.bfloat16: "bf16"}
 _NO_ASM = FieldAsm((), "", 1)
 _INT32_LIMIT = 1 << 31
+# Shared memory in bytes: what CUDA adds to a block's own, and in what units it is given.
+_SYSTEM_SHARED, _SHARED_UNIT = 1024, 128
 
 
 def new_output(spec: QSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -80,7 +82,7 @@ def launch(
     reach = row_blocks * config.steps * tile_rows + (fmt.fields - 1) * view.packed_rows
     with on(W_q.device):
         if W_q.device.type == "cuda":
-            start_triton()
+            _start(scale.scale is None, zero.scale is None)
         dequantize_kernel[(row_blocks * column_blocks,)](
             W_q,
             out,
@@ -109,6 +111,7 @@ def launch(
             BURST=config.burst if ahead else 0,
             PHASE=config.phase or config.burst,
             OVERLAP=overlap,
+            RESERVE=_reserve(config.resident, W_q.device) if config.resident and ahead else None,
             SCALE_MODE=_mode(scale, span),
             ZERO_MODE=_mode(zero, span),
             SPAN=span,
@@ -131,6 +134,22 @@ def launch(
             **({"launch_pdl": True} if overlap else {}),
         )
     return out
+
+
+@cache
+def _reserve(resident: int, device: torch.device) -> str:
+    """Return PTX that takes as much shared memory as leaves room for `resident` programs and no more."""
+    room = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    size = room // (resident + 1) - _SYSTEM_SHARED + _SHARED_UNIT
+    size -= size % _SHARED_UNIT
+    # The store keeps the compiler from leaving out what nothing reads.
+    return f"{{ .shared .align 16 .b32 reserved[{size // 4}]; st.volatile.shared.u32 [reserved], $1; mov.u32 $0, 0; }}"
+
+
+@cache
+def _start(plain_scale: bool, plain_zero: bool) -> None:
+    absent = ["scale_scale", "scale_zero"] * plain_scale + ["zero_scale", "zero_zero"] * plain_zero
+    start_triton(dequantize_kernel, signature_of(absent))
 
 
 def matrix_view(spec: QSpec, config: Config) -> MatrixView:

@@ -202,7 +202,7 @@ def test_addresses_of_64_bits(
 
 
 # The last ones: stripes of two tiles (the last one narrower), inputs asked for ahead, spread or in phases, hints for
-# large results, overlap.
+# large results, overlap, few programs at a time.
 CONFIGS = [
     (64, 1, 1),
     (256, 2, 3),
@@ -213,7 +213,7 @@ CONFIGS = [
     (64, 2, 2, 0, 2, 1, 0, 2),
     (16, 1, 1, 2, 2, 4, 1, 3, 4),
     (16, 1, 2, 0, 2, 2, 0, 3, 2),
-    (16, 1, 2, 3, 2, 2, 1, 3, 4),
+    (16, 1, 2, 3, 2, 2, 1, 3, 4, 5),
     (8, 1, 1, 0, 0, 0, 0, 3),
     (4, 1, 1, 5, 0, 0, 1, 1),
 ]

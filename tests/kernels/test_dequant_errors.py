@@ -40,6 +40,7 @@ BAD: list[tuple[str, dict[str, Any], type[HQQError], str]] = [
     ("blocks", {"block_size": 64, "autotune": True}, ConfigError, "block_size together with"),
     ("config", {"config": (64, 3, 1)}, ConfigError, "got warps=3"),
     ("phase", {"config": (64, 2, 1, 0, 4, 8, 0, 1, 6)}, ConfigError, "got phase=6 with burst=4"),
+    ("resident", {"config": (64, 2, 1, 0, 0, 0, 0, 1, 0, 3)}, ConfigError, "got resident=3"),
     ("overlap", {"config": (64, 2, 1, 0, 0, 0, 0, 4)}, ConfigError, "got overlap=4"),
     ("dtype", {"out_dtype": torch.float64}, DtypeError, "got torch.float64"),
     ("compute", {"compute_dtype": torch.int32}, DtypeError, "got torch.int32"),
