@@ -96,7 +96,7 @@ _LARGE = {
     ("rows", 8): Config(2048, 8, 1, 0, 4, 1024, 1, phase=1024),
     ("rows", 10): Config(1024, 4, 1, 0, 4, 1024, 1),
     ("columns", 1): Config(1024, 4, 2, 1792, streaming=1),
-    ("columns", 2): Config(1024, 4, 1, 1792, 16, 1024, 1, resident=8),
+    ("columns", 2): Config(1024, 4, 1, 1792, streaming=1),
     ("columns", 4): Config(1024, 4, 1, 1792, 16, 1024, 1, resident=8),
     ("columns", 8): Config(2048, 8, 1, 896, 8, 896, 1, phase=896),
     ("columns", 10): Config(1024, 4, 1, 1792, streaming=1),
