@@ -36,12 +36,6 @@ HQQ_INLINE uint64_t evict_first_policy() {
     return policy;
 }
 
-HQQ_INLINE uint64_t evict_last_policy() {
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
 // Read-only loads (volatile, so that they stay where they are written). `stream`: past L1; with a policy: for L2 too.
 HQQ_INLINE uint4 ldg128(const void* p) {
     uint4 v;
@@ -71,18 +65,6 @@ HQQ_INLINE uint2 ldg64(const void* p) {
     return v;
 }
 
-HQQ_INLINE uint2 ldg64_stream(const void* p) {
-    uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
-    return v;
-}
-
-HQQ_INLINE uint32_t ldg32(const void* p) {
-    uint32_t v;
-    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
-    return v;
-}
-
 HQQ_INLINE uint32_t ldg16(const void* p) {
     uint16_t v;
     asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(p));
@@ -94,19 +76,8 @@ HQQ_INLINE void stg128_stream(void* p, uint4 v) {
     asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-HQQ_INLINE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 // ---- asynchronous copies to shared memory -----------------------------------------------------------------------
-// 16 bytes, both addresses multiples of 16, past L1.
-HQQ_INLINE void cp_async16(uint32_t to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
-HQQ_INLINE void cp_async16(uint32_t to, const void* from, uint64_t policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
-}
-
-// The first `bytes` (0 to 16) from memory, zeros after them.
+// 16 bytes, both addresses multiples of 16, past L1: the first `bytes` (0 to 16) from memory, zeros after them.
 HQQ_INLINE void cp_async16_zfill(uint32_t to, const void* from, uint32_t bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
@@ -125,50 +96,9 @@ HQQ_INLINE void bar_sync(int barrier, int threads) {
     asm volatile("barrier.cta.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-HQQ_INLINE void bar_arrive(int barrier, int threads) {
-    asm volatile("barrier.cta.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 // ---- matrices ---------------------------------------------------------------------------------------------------
-// Four 8x8 matrices of 16-bit elements: lanes 8i to 8i+7 give the row addresses of matrix i.
-HQQ_INLINE void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(row)
-                 : "memory");
-}
-
-HQQ_INLINE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(row)
-                 : "memory");
-}
-
-// d[16, 8] += a[16, 16] b[16, 8]. With g = lane / 4, c = lane % 4: d = (g, 2c), (g, 2c+1), (g+8, 2c), (g+8, 2c+1);
-// a0 = (g, 2c..), a1 = (g+8, 2c..), a2 = (g, 2c+8..), a3 = (g+8, 2c+8..); b0 = (2c.., g), b1 = (2c+8.., g).
-template <class T>
-HQQ_INLINE void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1);
-
-template <>
-HQQ_INLINE void mma_m16n8k16<F16>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                  uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-template <>
-HQQ_INLINE void mma_m16n8k16<BF16>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                   uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// d[16, 8] += a[16, 32] b[32, 8] of bytes, a without signs and b with: lanes as above, a register has four neighbours.
+// d[16, 8] += a[16, 32] b[32, 8] of bytes, a without signs and b with; a register has four neighbours of a row of a or a
+// column of b. With g = lane / 4, c = lane % 4: d = (g, 2c), (g, 2c+1), (g+8, 2c), (g+8, 2c+1);
 // a0 = (g, 4c..), a1 = (g+8, 4c..), a2 = (g, 4c+16..), a3 = (g+8, 4c+16..); b0 = (4c.., g), b1 = (4c+16.., g).
 HQQ_INLINE void mma_m16n8k32(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -252,13 +182,9 @@ HQQ_INLINE uint32_t hfma2<BF16>(uint32_t a, uint32_t b, uint32_t c) {
     return d;
 }
 
-// bf16 has no other arithmetic before compute capability 9.0; a product plus -0, or 1 times a summand, rounds the same.
+// bf16 has no other arithmetic before compute capability 9.0; a product plus -0 rounds the same.
 template <class T>
 HQQ_INLINE uint32_t hmul2(uint32_t a, uint32_t b);
-template <class T>
-HQQ_INLINE uint32_t hadd2(uint32_t a, uint32_t b);
-template <class T>
-HQQ_INLINE uint32_t hsub2(uint32_t a, uint32_t b);
 template <class T>
 HQQ_INLINE uint32_t hneg2(uint32_t a);
 
@@ -270,32 +196,8 @@ HQQ_INLINE uint32_t hmul2<F16>(uint32_t a, uint32_t b) {
 }
 
 template <>
-HQQ_INLINE uint32_t hadd2<F16>(uint32_t a, uint32_t b) {
-    uint32_t d;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-
-template <>
-HQQ_INLINE uint32_t hsub2<F16>(uint32_t a, uint32_t b) {
-    uint32_t d;
-    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-
-template <>
 HQQ_INLINE uint32_t hmul2<BF16>(uint32_t a, uint32_t b) {
     return hfma2<BF16>(a, b, 0x80008000u);
-}
-
-template <>
-HQQ_INLINE uint32_t hadd2<BF16>(uint32_t a, uint32_t b) {
-    return hfma2<BF16>(a, 0x3f803f80u, b);
-}
-
-template <>
-HQQ_INLINE uint32_t hsub2<BF16>(uint32_t a, uint32_t b) {
-    return hfma2<BF16>(b, 0xbf80bf80u, a);
 }
 
 template <>

@@ -17,7 +17,8 @@ extern "C" __global__ void warpgroup_product(float* out, const uint16_t* a, cons
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
         for (int p = 0; p < 4; ++p) {
-            fragment[step][p] = ldg32(a + 64 * (16 * warp + g + 8 * (p % 2)) + 16 * step + 2 * q + 8 * (p / 2));
+            const uint16_t* pair = a + 64 * (16 * warp + g + 8 * (p % 2)) + 16 * step + 2 * q + 8 * (p / 2);
+            fragment[step][p] = *reinterpret_cast<const uint32_t*>(pair);
         }
     }
     wgmma_touch(d);

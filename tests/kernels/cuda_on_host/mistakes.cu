@@ -23,7 +23,7 @@ extern "C" __global__ void block_sum(int* out, const int* in) {
 extern "C" __global__ void copy(uint32_t* out, const uint32_t* in) {
     HQQ_DYNAMIC_SHARED(shared);
     const uint32_t to = smem_u32(shared) + 16 * threadIdx.x + (MISTAKE == 3 ? 16 : 0);
-    cp_async16(to, in + 4 * threadIdx.x + (MISTAKE == 2 ? 1 : 0));
+    cp_async16_zfill(to, in + 4 * threadIdx.x + (MISTAKE == 2 ? 1 : 0), 16);
     cp_async_commit();
     if (MISTAKE != 1) cp_async_wait<0>();
     __syncwarp();

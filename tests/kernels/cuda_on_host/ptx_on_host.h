@@ -14,7 +14,6 @@
 
 inline uint32_t smem_u32(const void* pointer) { return host::shared_address(pointer); }
 inline uint64_t evict_first_policy() { return 1; }
-inline uint64_t evict_last_policy() { return 2; }
 
 namespace host {
 template <class V>
@@ -30,26 +29,21 @@ inline uint4 ldg128(const void* p) { return host::load<uint4>(p, "ldg128"); }
 inline uint4 ldg128_stream(const void* p) { return host::load<uint4>(p, "ldg128_stream"); }
 inline uint4 ldg128_stream(const void* p, uint64_t) { return host::load<uint4>(p, "ldg128_stream"); }
 inline uint2 ldg64(const void* p) { return host::load<uint2>(p, "ldg64"); }
-inline uint2 ldg64_stream(const void* p) { return host::load<uint2>(p, "ldg64_stream"); }
-inline uint32_t ldg32(const void* p) { return host::load<uint32_t>(p, "ldg32"); }
 inline uint32_t ldg16(const void* p) { return host::load<uint16_t>(p, "ldg16"); }
 inline void stg128_stream(void* p, uint4 v) {
     host::aligned(p, 16, "stg128_stream");
     std::memcpy(p, &v, sizeof v);
 }
-inline void prefetch_l2(const void*) {}
 
 // ---- asynchronous copies: the bytes arrive when they are waited for, as late as they may ----------------------------
 inline void cp_async16_zfill(uint32_t to, const void* from, uint32_t bytes) {
-    host::aligned(from, 16, "cp_async16");
+    host::aligned(from, 16, "cp_async16_zfill");
     if (bytes > 16) host::fail("cp_async16_zfill of %u bytes", bytes);
-    unsigned char* target = host::shared_pointer(*host::block, to, 16, 16, "cp_async16");
+    unsigned char* target = host::shared_pointer(*host::block, to, 16, 16, "cp_async16_zfill");
     std::memset(target, host::POISON, 16);
     if (host::self->groups.empty()) host::self->groups.emplace_back();
     host::self->groups.back().push_back({target, from, bytes, 16});
 }
-inline void cp_async16(uint32_t to, const void* from) { cp_async16_zfill(to, from, 16); }
-inline void cp_async16(uint32_t to, const void* from, uint64_t) { cp_async16_zfill(to, from, 16); }
 inline void cp_async_commit() {
     if (host::self->groups.empty()) host::self->groups.emplace_back();
     host::self->groups.emplace_back();
@@ -71,95 +65,24 @@ inline Barrier& named_barrier(int id, int threads) {
 }
 }  // namespace host
 inline void bar_sync(int id, int threads) { host::arrive_and_wait(host::named_barrier(id, threads), threads, "bar_sync"); }
-inline void bar_arrive(int id, int threads) { host::arrive(host::named_barrier(id, threads), threads, "bar_arrive"); }
 
 // ---- matrices -------------------------------------------------------------------------------------------------------
 namespace host {
-struct Words {
-    uint32_t w[4];
-};
-
-inline void load_matrices(uint32_t (&r)[4], uint32_t row, bool transposed, const char* what) {
-    const Words words = meet<Words>(0xffffffffu, what, row, [transposed, what](Meeting& m) {
-        for (int matrix = 0; matrix < 4; ++matrix) {
-            uint16_t element[8][8];
-            for (int i = 0; i < 8; ++i) {
-                uint32_t address;
-                std::memcpy(&address, m.in[8 * matrix + i], sizeof address);
-                std::memcpy(element[i], shared_pointer(*block, address, 16, 16, what), 16);
-            }
-            for (int l = 0; l < WARP; ++l) {
-                const int i = l / 4, j = l % 4 * 2;
-                const uint32_t low = transposed ? element[j][i] : element[i][j];
-                const uint32_t high = transposed ? element[j + 1][i] : element[i][j + 1];
-                const uint32_t word = low | high << 16;
-                std::memcpy(m.out[l] + 4 * matrix, &word, sizeof word);
-            }
-        }
-    });
-    std::memcpy(r, words.w, sizeof r);
-}
-
 struct MmaIn {
-    uint32_t a[4], b[2];
-    float d[4];
-};
-struct MmaOut {
-    float d[4];
-};
-
-// Rows and columns of a fragment's elements; pair: 0 .. 3 for a, 0 .. 1 for b; half: low or high.
-inline int a_row(int l, int pair) { return l / 4 + 8 * (pair % 2); }
-inline int a_column(int l, int pair, int half) { return l % 4 * 2 + half + 8 * (pair / 2); }
-}  // namespace host
-
-inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) { host::load_matrices(r, row, false, "ldmatrix_x4"); }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) { host::load_matrices(r, row, true, "ldmatrix_x4_trans"); }
-
-template <class T>
-inline void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-    const host::MmaIn in{{a0, a1, a2, a3}, {b0, b1}, {d[0], d[1], d[2], d[3]}};
-    const auto out = host::meet<host::MmaOut>(0xffffffffu, "mma_m16n8k16", in, [](host::Meeting& m) {
-        double a[16][16], b[16][8];
-        host::MmaIn lane;
-        for (int l = 0; l < host::WARP; ++l) {
-            std::memcpy(&lane, m.in[l], sizeof lane);
-            for (int half = 0; half < 2; ++half) {
-                for (int p = 0; p < 4; ++p) a[host::a_row(l, p)][host::a_column(l, p, half)] = host::half_of<T>(lane.a[p], half);
-                for (int p = 0; p < 2; ++p) b[l % 4 * 2 + half + 8 * p][l / 4] = host::half_of<T>(lane.b[p], half);
-            }
-        }
-        for (int l = 0; l < host::WARP; ++l) {
-            std::memcpy(&lane, m.in[l], sizeof lane);
-            host::MmaOut sums;
-            for (int i = 0; i < 4; ++i) {
-                const int row = l / 4 + 8 * (i / 2), column = l % 4 * 2 + i % 2;
-                double sum = lane.d[i];
-                for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-                sums.d[i] = static_cast<float>(sum);
-            }
-            std::memcpy(m.out[l], &sums, sizeof sums);
-        }
-    });
-    std::memcpy(d, out.d, sizeof d);
-}
-
-namespace host {
-struct IntegerMmaIn {
     uint32_t a[4], b[2];
     int32_t d[4];
 };
-struct IntegerMmaOut {
+struct MmaOut {
     int32_t d[4];
 };
 }  // namespace host
 
 inline void mma_m16n8k32(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-    const host::IntegerMmaIn in{{a0, a1, a2, a3}, {b0, b1}, {d[0], d[1], d[2], d[3]}};
-    const auto out = host::meet<host::IntegerMmaOut>(0xffffffffu, "mma_m16n8k32", in, [](host::Meeting& m) {
+    const host::MmaIn in{{a0, a1, a2, a3}, {b0, b1}, {d[0], d[1], d[2], d[3]}};
+    const auto out = host::meet<host::MmaOut>(0xffffffffu, "mma_m16n8k32", in, [](host::Meeting& m) {
         uint8_t a[16][32];
         int8_t b[32][8];
-        host::IntegerMmaIn lane;
+        host::MmaIn lane;
         for (int l = 0; l < host::WARP; ++l) {
             std::memcpy(&lane, m.in[l], sizeof lane);
             for (int byte = 0; byte < 4; ++byte) {
@@ -170,7 +93,7 @@ inline void mma_m16n8k32(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uin
         }
         for (int l = 0; l < host::WARP; ++l) {
             std::memcpy(&lane, m.in[l], sizeof lane);
-            host::IntegerMmaOut sums;
+            host::MmaOut sums;
             for (int i = 0; i < 4; ++i) {
                 const int row = l / 4 + 8 * (i / 2), column = l % 4 * 2 + i % 2;
                 int64_t sum = lane.d[i];
@@ -207,15 +130,6 @@ inline uint32_t hfma2(uint32_t a, uint32_t b, uint32_t c) {
 template <class T>
 inline uint32_t hmul2(uint32_t a, uint32_t b) {
     return hfma2<T>(a, b, 0x80008000u);
-}
-template <class T>
-inline uint32_t hadd2(uint32_t a, uint32_t b) {
-    const uint32_t one = T::BIAS << T::FRACTION;
-    return hfma2<T>(a, one | one << 16, b);
-}
-template <class T>
-inline uint32_t hsub2(uint32_t a, uint32_t b) {
-    return hadd2<T>(a, b ^ 0x80008000u);
 }
 template <class T>
 inline uint32_t hneg2(uint32_t a) {

@@ -7,6 +7,9 @@
 #include <algorithm>
 
 namespace host {
+// Rows and columns of a fragment's elements; pair: 0 .. 3; half: low or high.
+inline int a_row(int l, int pair) { return l / 4 + 8 * (pair % 2); }
+inline int a_column(int l, int pair, int half) { return l % 4 * 2 + half + 8 * (pair / 2); }
 
 // Accumulators hold NaN while products into them are under way.
 struct Accumulators {
