@@ -15,8 +15,11 @@ from hqq.kernels.decode_attention_kernel import attention_kernel, join_kernel
 from hqq.kernels.decode_launch import options, processors
 from hqq.kernels.device import on
 
-_BLOCK = 64
-_WARPS = 4
+# Places of the cache at a time, warps, and stages of Triton's pipeline, as measured on an H200: for a cache in parts,
+# which are short, and for rows whose cache is whole, if little enough shared memory holds the stages.
+_PARTS = (64, 4, 1)
+_WHOLE = (32, 2, 3)
+_WHOLE_BYTES = 256  # of a head
 _JOIN_WARPS = 2
 _MOST_SPLITS = 32
 
@@ -34,7 +37,7 @@ class AttentionSpace:
     ) -> AttentionSpace:
         """Return the memory for `rows` rows, and with it the number of parts that the cache of `length` is cut into."""
         wanted = max(1, 2 * processors(device) // (rows * kv_heads))
-        splits = min(_MOST_SPLITS, triton.next_power_of_2(triton.cdiv(length, _BLOCK)))
+        splits = min(_MOST_SPLITS, triton.next_power_of_2(triton.cdiv(length, _PARTS[0])))
         while splits > wanted:
             splits //= 2
         parts = (rows, kv_heads, splits, group)
@@ -82,16 +85,20 @@ def decode_attention(
     out = decode_launch.new_output(q, q.shape[1])
     weights = (q, k) if norm is None else (norm.q, norm.k)
     window = length if window is None else window
+    splits = space.sums.shape[2]
+    head_pad = max(16, triton.next_power_of_2(head))
+    whole = splits == 1 and head_pad * q.element_size() <= _WHOLE_BYTES
+    block, warps, stages = _WHOLE if whole else _PARTS
     common = {
         "GROUP": group,
         "HEAD": head,
-        "HEAD_PAD": max(16, triton.next_power_of_2(head)),
-        "SPLITS": space.sums.shape[2],
-        "BLOCK": _BLOCK,
+        "HEAD_PAD": head_pad,
+        "SPLITS": splits,
+        "BLOCK": block,
         **options(q.device, q.dtype),
     }
     with on(q.device):
-        attention_kernel[(space.sums.shape[2], kv_heads, rows)](
+        attention_kernel[(splits, kv_heads, rows)](
             q,
             k,
             v,
@@ -115,12 +122,13 @@ def decode_attention(
             KV_HEADS=kv_heads,
             GROUP_PAD=max(16, triton.next_power_of_2(group)),
             NORMED=norm is not None,
+            AHEAD=stages == 1,
             DOT=tl.float32 if interpreting() else common["DTYPE"],
-            num_warps=_WARPS,
-            num_stages=1,
+            num_warps=warps,
+            num_stages=stages,
             **common,
         )
-        if space.sums.shape[2] > 1:
+        if splits > 1:
             join_kernel[(kv_heads * group, rows)](
                 space.sums,
                 space.stats,

@@ -46,6 +46,7 @@ def attention_kernel(
     NORMED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
     DOT: tl.constexpr,
     DTYPE: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -55,7 +56,8 @@ def attention_kernel(
 
     Flash decoding: each part keeps its largest score, the sum of exponentials and the weighted sum of values, which
     `join_kernel` puts together; a single part is the result. The first part also has the new token, whose key and
-    value it writes into the cache.
+    value it writes into the cache. AHEAD asks for each block of the cache while the one before is worked on, the first
+    one before anything else; otherwise that is left to Triton.
     """
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     # A step too many writes where the last one did, and nowhere else.
@@ -71,12 +73,9 @@ def attention_kernel(
     cache = owner * length * HEAD
     first = lowest + split * each * BLOCK
     stop = tl.minimum(first + each * BLOCK, position)
-    # What the cache holds from earlier steps does not wait for the kernels before this one.
-    n = first + tl.arange(0, BLOCK)
-    at = cache + n[:, None] * HEAD + d[None, :]
-    there = (n < stop)[:, None] & inside[None, :]
-    key = tl.load(keys + at, mask=there, other=0.0)
-    value = tl.load(values + at, mask=there, other=0.0)
+    if AHEAD:
+        # What the cache holds from earlier steps does not wait for the kernels before this one.
+        next_key, next_value = _block(keys, values, cache, first, stop, d, HEAD, BLOCK)
     c, s = rotation(cos + (position - begin) * HEAD, sin + (position - begin) * HEAD, HEAD, HEAD_PAD)
     if OVERLAP:
         wait_for_previous()
@@ -109,13 +108,14 @@ def attention_kernel(
     result = tl.where(own, new_value, 0.0)[None, :] + tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
     query = query.to(DOT)
     for start in range(first, stop, BLOCK):
-        following = start + BLOCK + tl.arange(0, BLOCK)
-        at = cache + following[:, None] * HEAD + d[None, :]
-        there = (following < stop)[:, None] & inside[None, :]
-        next_key = tl.load(keys + at, mask=there, other=0.0)
-        next_value = tl.load(values + at, mask=there, other=0.0)
+        if AHEAD:
+            key, value = next_key, next_value
+            next_key, next_value = _block(keys, values, cache, start + BLOCK, stop, d, HEAD, BLOCK)
+        else:
+            key, value = _block(keys, values, cache, start, stop, d, HEAD, BLOCK)
+        n = start + tl.arange(0, BLOCK)
         score = tl.dot(query, tl.trans(key.to(DOT)), input_precision="ieee") * scale
-        score = tl.where((following - BLOCK < stop)[None, :], score, -float("inf"))
+        score = tl.where((n < stop)[None, :], score, -float("inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         p = tl.exp2(score - higher[:, None])
         fade = tl.exp2(top - higher)
@@ -123,7 +123,6 @@ def attention_kernel(
         p = rounded(p, DTYPE, INTERPRETED).to(DOT)
         result = result * fade[:, None] + tl.dot(p, value.to(DOT), input_precision="ieee")
         top = higher
-        key, value = next_key, next_value
     g = tl.arange(0, GROUP_PAD)
     real = (g < GROUP)[:, None] & inside[None, :]
     heads = owner * GROUP * HEAD
@@ -138,6 +137,15 @@ def attention_kernel(
         tl.store(sums + part[:, None] * HEAD + d[None, :], result, mask=real)
         tl.store(stats + part * 2, top, mask=g < GROUP)
         tl.store(stats + part * 2 + 1, total, mask=g < GROUP)
+
+
+@triton.jit
+def _block(keys, values, cache, start, stop, d, HEAD: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys and values of BLOCK places from `start` on; 0 from `stop` on."""
+    n = start + tl.arange(0, BLOCK)
+    at = cache + n[:, None] * HEAD + d[None, :]
+    there = (n < stop)[:, None] & (d < HEAD)[None, :]
+    return tl.load(keys + at, mask=there, other=0.0), tl.load(values + at, mask=there, other=0.0)
 
 
 @triton.jit
