@@ -80,6 +80,8 @@ def _cut_rows(work: GemvWork, tokens: int, row_tiles: float) -> _Cut:
     if small_groups and tokens > 2:
         return _Cut(1, 2)
     if row_tiles < 4:  # so few that it matters how soon the first codes have arrived
+        if work.K <= _LONG and row_tiles > 2 and tokens == 1 and work.bits == 4 and not small_groups:
+            return _Cut(1, 8, per_sm=2, most_warps=8)
         if work.K <= _LONG or tokens == 2:
             return _Cut(1, 4)
         if tokens > 2:
