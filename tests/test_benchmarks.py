@@ -36,6 +36,9 @@ def test_products_are_named_by_what_stands_around_them() -> None:
     assert [name for name, kind in zip(named(alone), alone, strict=True) if kind is None] == [
         *("qkv", "qkv", "o", "gate_up", "down", "down", "lm_head")
     ]
+    assert named(["join", None, "norm", None, None, "norm", None, "attention"]) == [
+        *("join", "o", "norm", "gate_up", "down", "norm", "qkv", "attention")
+    ]
     # Kernels that cannot be told apart, and ones at a place where nothing is expected.
     assert named(["join", None, None, None, "activation"])[1:4] == ["products"] * 3
     assert named(["choice", None, "embedding"])[1] == "other"
