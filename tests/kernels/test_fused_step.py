@@ -235,6 +235,14 @@ def test_products_bring_norms_gates_and_sums_along(
     assert (got - expected).abs().max() <= 16 * 2.0**-11 * expected.abs().max()
 
 
+@pytest.mark.parametrize("tokens", [1, 64, 65, 128, 129, 511, 513, 1024, 1025, 2047])
+def test_lengths_of_recorded_prompts(tokens: int) -> None:
+    from hqq.models.generation.prompt_graphs import _rounded
+
+    places = _rounded(tokens)
+    assert tokens <= places <= tokens + max(63, tokens // 8) and _rounded(places) == places
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "mistral with a window"])
 @pytest.mark.parametrize("padded", [False, True])
@@ -280,8 +288,14 @@ def test_prompts_are_graphs_when_their_length_comes_again(
         check(generator, prompts, [tokens.tolist() for tokens in got["output_tokens"]])
     decoder = generator._decoder
     assert decoder is not None and decoder._fused is not None
-    recorded = decoder._fused._prompts._recorded
+    fused = decoder._fused
+    recorded = fused._prompts._recorded
     assert set(recorded) == {(64, batch > 1), (96, batch > 1)} and all(recorded.values())
+    ids = torch.randint(0, 258, (batch, 70), device=device)
+    fused.forget_prompts()
+    with torch.no_grad():
+        first, second, third = (fused.prompt(ids, torch.ones_like(ids)).clone() for _ in range(3))
+    assert torch.equal(first, second) and torch.equal(first, third)
 
 
 @pytest.mark.gpu

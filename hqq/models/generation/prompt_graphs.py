@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hqq.models.generation.compiling import collection_paused
 
@@ -28,10 +29,10 @@ class _Recorded:
 
 
 class PromptGraphs:
-    """Runs `work` for prompts of one batch size: as it is the first time, later as a graph for lengths of its kind.
+    """Runs `work` for prompts of one batch size: as it is for the first of about a length, later as a graph for all.
 
-    Prompts are filled up on the right to the length of their graph. What comes behind a prompt changes nothing in it,
-    and the places in the cache that it fills are those of tokens to come.
+    They are filled up on the right to the length of the graph. What comes behind a prompt changes nothing in it, and it
+    fills places in the cache that are those of tokens to come.
 
     Args:
         work: reads nothing but its arguments and what stays in place.
@@ -46,17 +47,21 @@ class PromptGraphs:
     def __call__(self, input_ids: Tensor, padded: bool) -> Tensor:
         """Return the logits [B, V] after prompts [B, M] that are padded on the left, if at all; overwritten later."""
         rows, tokens = input_ids.shape
+        device = input_ids.device
         places = min(_rounded(tokens), self._length)
-        kind = places, padded
-        if not input_ids.is_cuda or rows * places > MOST_TOKENS or kind not in self._recorded:
-            # Whatever kernels there are to compile is compiled now, which a recording could not do.
+        if not input_ids.is_cuda or rows * places > MOST_TOKENS:
+            return self._work(input_ids, _last(rows, tokens, tokens, device), padded)
+        kind, last = (places, padded), _last(rows, places, tokens, device)
+        if kind not in self._recorded:
+            # Filled up as well, so that the recording finds everything compiled, and gives the same bits.
+            logits = self._work(F.pad(input_ids, (0, places - tokens)), last, padded)
             self._recorded[kind] = None
-            return self._work(input_ids, _last(rows, tokens, tokens, input_ids.device), padded)
-        with torch.cuda.device(input_ids.device):
-            recorded = self._recorded[kind] or self._record(rows, places, padded, input_ids.device)
+            return logits
+        with torch.cuda.device(device):
+            recorded = self._recorded[kind] or self._record(rows, places, padded, device)
             self._recorded[kind] = recorded
             recorded.input_ids[:, :tokens].copy_(input_ids)
-            recorded.last.copy_(_last(rows, places, tokens, input_ids.device))
+            recorded.last.copy_(last)
             recorded.graph.replay()
         return recorded.logits
 
@@ -83,7 +88,7 @@ class PromptGraphs:
 
 def _rounded(tokens: int) -> int:
     """Return a length that is at most an eighth longer, or the shortest that there are."""
-    step = max(_SHORTEST, 1 << max(0, tokens.bit_length() - 3))
+    step = max(_SHORTEST, 1 << max(0, tokens.bit_length() - 4))
     return -(-tokens // step) * step
 
 
