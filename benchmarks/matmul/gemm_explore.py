@@ -103,7 +103,7 @@ def compile_all(pairs: list[tuple[Case, GemmConfig]]) -> None:
         group = 0 if case.axis == 1 and case.group_size in (None, case.K) else case.group_size or case.N
         name = "F16" if case.dtype == torch.float16 else "BF16"
         kernel, _ = launcher._kernels(
-            name, case.bits, case.axis, group, fitted(config, case.bits, case.axis, group)
+            name, case.bits, case.axis, group, fitted(config, case.bits, case.axis, group, case.K)
         )
         sources.append((kernel.source, kernel.defines))
     with ThreadPoolExecutor(16) as pool:
@@ -151,7 +151,7 @@ def short(config: GemmConfig | None) -> str:
         return "cuBLAS"
     c = config
     tile = f"n{c.tokens} b{c.blocks} sp{c.span} d{c.depth} j{c.joint} st{c.stages}"
-    return f"{tile} s{c.steps} cl{c.cluster} r{c.resident}"
+    return f"{tile} s{c.steps} split{c.split} r{c.resident}"
 
 
 class Entry(NamedTuple):

@@ -65,25 +65,24 @@ def tiled_gemm(
     group = 0 if axis == 1 and meta.shape[1] == 1 else group_size
     if config is None:
         config = choose(M, N, K, bits, multiprocessors(device))
-    config = _fitted(config, bits, axis, group)
+    config = _fitted(config, bits, axis, group, K)
     product, arrange = _kernels(ELEMENTS[meta.dtype], bits, axis, group, config)
     tiles, blocks = codes.shape[0], codes.shape[1] * chunk_blocks(bits)
     plan = _plan(M, tiles, blocks, config, multiprocessors(device))
     workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=x.device)
     arranged = workspace.data_ptr()
     flags, partial = arranged + plan.flags_at, arranged + plan.partial_at
-    flag_count = plan.workers * config.cluster
-    pieces = max(M * blocks * 8, flag_count)
+    pieces = max(M * blocks * 8, plan.workers)
     arrange.launch(
         device,
         (-(-pieces // 256), 1, 1),
         (256, 1, 1),
-        (x.data_ptr(), arranged, flags, M, K, blocks, flag_count),
+        (x.data_ptr(), arranged, flags, M, K, blocks, plan.workers),
         pdl=True,
     )
     product.launch(
         device,
-        (plan.workers * config.cluster, 1, 1),
+        (plan.workers, 1, 1),
         (_THREADS, 1, 1),
         (
             arranged,
@@ -102,7 +101,7 @@ def tiled_gemm(
         ),
         shared=config.shared_bytes(bits, axis, group),
         pdl=True,
-        cluster=(config.cluster, 1, 1) if config.cluster > 1 else None,
+        cluster=(config.split, 1, 1) if config.split > 1 else None,
     )
 
 
@@ -112,14 +111,17 @@ _fitted = cache(fitted)
 @cache
 def _plan(M: int, tiles: int, blocks: int, config: GemmConfig, multiprocessors: int) -> GemmPlan:
     token_blocks = -(-M // config.tokens)
-    output_tiles = -(-tiles // (_WARPS * config.blocks * config.cluster)) * token_blocks
+    output_tiles = -(-tiles // (_WARPS * config.blocks)) * token_blocks
     units = output_tiles * -(-blocks // config.span)
-    workers = min(multiprocessors * config.resident // config.cluster, units, _MOST_SHARES // units)
+    if config.split:
+        workers = output_tiles * config.split
+    else:
+        workers = min(multiprocessors * config.resident, units, _MOST_SHARES // units)
     arranged = token_blocks * config.tokens * blocks * BLOCK_INPUTS * 2
     flags_at = _aligned(arranged)
-    partial_at = flags_at + _aligned(4 * workers * config.cluster)
-    shared_tiles = output_tiles % workers != 0
-    partial = workers * config.cluster * config.blocks * config.tokens * 128 * 4 if shared_tiles else 0
+    partial_at = flags_at + _aligned(4 * workers)
+    shared_tiles = config.split == 0 and output_tiles % workers != 0
+    partial = workers * config.blocks * config.tokens * 128 * 4 if shared_tiles else 0
     return GemmPlan(workers, arranged, flags_at, partial_at, partial_at + partial)
 
 

@@ -224,12 +224,11 @@ def test_bulk_copies(run: Launch, rng: torch.Generator, stages: int) -> None:
     assert torch.equal(out, 3 * values)
 
 
-def test_copies_to_a_cluster(run: Launch, rng: torch.Generator) -> None:
-    values = torch.randint(0, 1 << 30, (9, 64), generator=rng).to(torch.int32)
-    tensors = [poisoned(4, 9, 64, dtype=torch.int32), values]
-    shape = {"grid": 4, "block": 64, "cluster": 2, "shared": 256}
-    out = run("instructions_cluster.cu", "multicast", tensors, 9, **shape)[0]
-    assert torch.equal(out, values.expand(4, 9, 64))
+def test_blocks_of_a_cluster_send_to_each_other(run: Launch, rng: torch.Generator) -> None:
+    values = torch.randint(-99, 99, (2, 4, 128), generator=rng).float()
+    shape = {"grid": 8, "cluster": 4, "shared": 2048}
+    out = run("instructions_cluster.cu", "cluster_sum", [poisoned(2, 4, 128), values], **shape)[0]
+    assert torch.equal(out, values.sum(1, keepdim=True).expand(2, 4, 128))
 
 
 def test_blocks_that_wait_for_each_other(run: Launch, rng: torch.Generator) -> None:
@@ -251,5 +250,5 @@ def test_every_instruction_has_a_version_for_the_host() -> None:
     name = re.compile(r"^HQQ_INLINE [\w ]+?(\w+)\(", re.MULTILINE)
     wanted = {n for file in FOLDER.glob("ptx*.cuh") for n in name.findall(file.read_text())}
     on_host = {n for file in HERE.glob("*.h") for n in re.findall(r"\b\w+\b", file.read_text())}
-    assert {"ldg128", "pack2", "wgmma", "cluster_sync"} <= wanted
+    assert {"ldg128", "pack2", "wgmma", "store_at"} <= wanted
     assert wanted <= on_host

@@ -39,15 +39,13 @@ CASES = {
     "8 bit, groups of 192": Case(8, 1, 192, 256, 384, 17, FP16, GemmConfig(32, depth=2, joint=2)),
     "8 bit, axis 0": Case(8, 0, 32, 96, 128, 20, BF16, GemmConfig(32, depth=2, stages=2)),
     "4 bit, tiles of 32 features": Case(4, 1, 64, 512, 512, 70, BF16, GemmConfig(64, 2, 2, 3, 2, 3, 2)),
-    "4 bit, axis 0, cluster": Case(
-        4, 0, 64, 1024, 128, 40, BF16, GemmConfig(64, 1, 2, 2, stages=2, cluster=2), 2
-    ),
+    "4 bit, axis 0, cluster": Case(4, 0, 64, 1024, 256, 40, BF16, GemmConfig(64, 1, 2, 2, stages=2, split=2)),
     "4 bit, ragged N": Case(4, 1, 16, 100, 192, 20, FP16, GemmConfig(32, 1, 2, 3, stages=2)),
     "3 bit, axis 0, odd R": Case(3, 0, 32, 96, 100, 20, FP16, GemmConfig(16, depth=2, stages=2), 2),
     "3 bit, several groups in a block": Case(3, 1, 16, 128, 512, 20, BF16, GemmConfig(32, depth=2, stages=2)),
     "2 bit, whole rows, odd K": Case(2, 1, None, 72, 101, 5, BF16, GemmConfig(16, 1, 2, 2, stages=2), 2),
     "1 bit, axis 0, two blocks of tokens": Case(
-        1, 0, 64, 512, 512, 33, FP16, GemmConfig(32, depth=2, cluster=2, steps=1), 4
+        1, 0, 64, 512, 512, 33, FP16, GemmConfig(32, depth=2, split=2, steps=1)
     ),
 }
 
@@ -148,13 +146,30 @@ def test_dequantised_tiles_equal_the_reference(
 @pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
 @pytest.mark.parametrize("group", [0, 16, 64])
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("M", [1, 17, 33, 65, 129, 200, 512])
-@pytest.mark.parametrize("N", [4096, 28672])
+@pytest.mark.parametrize("M", [1, 17, 33, 65, 96, 129, 200, 320, 512, 1024])
+@pytest.mark.parametrize("N", [2048, 4096, 6144, 28672])
 def test_chosen_settings_fit_a_multiprocessor(N: int, M: int, axis: int, group: int, bits: int) -> None:
-    config = fitted(choose(M, N, 4096, bits, 132), bits, axis, max(group, 16 * (1 - axis)))
+    config = fitted(choose(M, N, 4096, bits, 132), bits, axis, max(group, 16 * (1 - axis)), 4096)
     assert config.fits(bits, axis, group)
     assert config.span % config.joint == 0
     assert config.span % chunk_blocks(bits) == 0
     assert config.span * config.blocks % 2 == 0
     # No more columns than needed, rounded up to the next size.
-    assert config.tokens < 2 * max(M, 16)
+    assert config.tokens < 2 * max(M, 32)
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "tokens", "split"),
+    [
+        (128, 4096, 4096, 64, 2),  # two times 32 tiles, twice
+        (128, 4096, 14336, 128, 0),
+        (256, 4096, 14336, 128, 2),
+        (512, 4096, 4096, 128, 1),
+        (128, 6144, 4096, 128, 2),
+        (256, 6144, 4096, 128, 0),  # 48 tiles: neither once nor twice as many fill 132 multiprocessors
+        (256, 28672, 4096, 256, 0),
+    ],
+)
+def test_one_round_of_blocks_where_it_fills_the_gpu(M: int, N: int, K: int, tokens: int, split: int) -> None:
+    config = choose(M, N, K, 4, 132)
+    assert (config.tokens, config.split) == (tokens, split)

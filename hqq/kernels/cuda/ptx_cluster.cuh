@@ -4,28 +4,38 @@
 
 #include "ptx_sm90.cuh"
 
-HQQ_INLINE void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+// A barrier of all threads of a cluster, in two steps. Of what was done before arriving, only mbarrier_init_fence() is
+// sure to be seen after waiting: a release takes microseconds.
+HQQ_INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+HQQ_INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Arrives at the barrier at the same address in block `rank` of the cluster. Tells it that this block has read what was
-// copied to it, not that this block wrote anything.
-HQQ_INLINE void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
+// Stores to the same address in block `rank` of the cluster, asynchronously; counts 16 bytes at the barrier there.
+HQQ_INLINE void store_at(uint32_t to, uint32_t rank, float4 v, uint32_t barrier) {
     asm volatile(
         "{\n"
-        ".reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-        "}" ::"r"(barrier), "r"(rank)
+        ".reg .b32 there, counted;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mapa.shared::cluster.u32 counted, %6, %1;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%2, %3, %4, %5}, [counted];\n"
+        "}" ::"r"(to), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
         : "memory");
 }
 
-// A bulk copy to the same address in each block whose bit of `ranks` is set; counts at the barrier of each of them.
-HQQ_INLINE void bulk_copy_to(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint32_t ranks) {
+// As mbarrier_wait, for what other blocks of the cluster stored.
+HQQ_INLINE void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
-        ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "h"(static_cast<uint16_t>(ranks))
+        "{\n"
+        ".reg .pred done;\n"
+        "retry:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra retry;\n"
+        "}" ::"r"(barrier), "r"(parity)
         : "memory");
+}
+
+// Arrives at the barrier that others of the block wait for by bar_sync, and goes on.
+HQQ_INLINE void bar_arrive(int barrier, int threads) {
+    asm volatile("barrier.cta.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 HQQ_INLINE void store_release(int* p, int value) {

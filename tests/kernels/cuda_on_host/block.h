@@ -40,6 +40,7 @@ struct Copy {
     unsigned char* to;
     const void* from;
     uint32_t bytes, filled;  // zeros after `bytes`
+    std::shared_ptr<void> kept;  // where `from` is, if it was registers
 };
 
 struct Product;  // a matrix product under way; in wgmma_on_host.h
@@ -56,6 +57,7 @@ struct Fiber {
     // wgmma: groups of products, and how many groups were committed and completed so far
     std::vector<std::vector<Product>> products;
     size_t committed, completed;
+    unsigned cluster_generation;  // of the cluster's barrier, when this thread arrived
     const void* polled;
     int polled_value;
 };

@@ -57,12 +57,13 @@ inline Block& block_of_cluster(uint32_t rank, const char* what) {
     fail("%s: the cluster has no block %u", what, rank);
 }
 
-inline void start_copy(Block& of, uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+inline void start_copy(Block& of, uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
+                       std::shared_ptr<void> kept = nullptr) {
     aligned(from, 16, "bulk_copy");
     if (bytes % 16 || bytes == 0) fail("bulk_copy of %u bytes", bytes);
     unsigned char* target = shared_pointer(of, to, bytes, 16, "bulk_copy");
     std::memset(target, POISON, bytes);
-    transaction_barrier(of, barrier, "bulk_copy").copies.push_back({target, from, bytes, bytes});
+    transaction_barrier(of, barrier, "bulk_copy").copies.push_back({target, from, bytes, bytes, std::move(kept)});
 }
 
 }  // namespace host
@@ -99,20 +100,21 @@ inline void fewer_registers() {
 }
 
 // ---- clusters, and blocks that wait for each other ------------------------------------------------------------------
-inline void cluster_sync() {
+inline void cluster_arrive() {
     host::Cluster& cluster = *host::block->cluster;
-    host::arrive_and_wait(cluster.barrier, cluster.size * static_cast<int>(host::block->fibers.size()), "cluster_sync");
+    host::self->cluster_generation = cluster.barrier.generation;
+    host::arrive(cluster.barrier, cluster.size * static_cast<int>(host::block->fibers.size()), "cluster_arrive");
 }
-inline void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
-    host::Block& of = host::block_of_cluster(rank, "mbarrier_arrive_at");
-    host::arrive(host::transaction_barrier(of, barrier, "mbarrier_arrive_at"), 0);
+inline void cluster_wait() {
+    host::Cluster& cluster = *host::block->cluster;
+    host::wait_until([&cluster] { return cluster.barrier.generation != host::self->cluster_generation; });
+}
+inline void store_at(uint32_t to, uint32_t rank, float4 v, uint32_t barrier) {
+    auto kept = std::make_shared<float4>(v);
+    host::start_copy(host::block_of_cluster(rank, "store_at"), to, kept.get(), 16, barrier, kept);
 }
 inline void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) { mbarrier_wait(barrier, parity); }
-inline void bulk_copy_to(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint32_t ranks) {
-    for (uint32_t rank = 0; ranks >> rank; ++rank) {
-        if (ranks >> rank & 1) host::start_copy(host::block_of_cluster(rank, "bulk_copy_to"), to, from, bytes, barrier);
-    }
-}
+inline void bar_arrive(int id, int threads) { host::arrive(host::named_barrier(id, threads), threads, "bar_sync"); }
 inline void store_release(int* p, int value) {
     *p = value;
     ++host::progress;

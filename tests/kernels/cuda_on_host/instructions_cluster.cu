@@ -1,31 +1,27 @@
 // As instructions.cu, for blocks that work together.
 #include "ptx_cluster.cuh"
 
-// Two blocks of a cluster fetch halves of `pieces` pieces of 64 words, each half for both blocks. out[block][piece][64].
-extern "C" __global__ void multicast(uint32_t* out, const uint32_t* in, int pieces) {
+// Four blocks of a cluster send their rows of 128 floats to each other: out[block] is the sum of the cluster's.
+extern "C" __global__ void cluster_sum(float* out, const float* in) {
     HQQ_DYNAMIC_SHARED(shared);
-    HQQ_SHARED(uint64_t, barriers, 2);
-    const uint32_t full = smem_u32(barriers), empty = full + 8, rank = blockIdx.x % 2;
-    if (threadIdx.x == 0) {
-        mbarrier_init(full, 1);
-        mbarrier_init(empty, 2);
+    HQQ_SHARED(uint64_t, barriers, 1);
+    const uint32_t barrier = smem_u32(barriers), rank = blockIdx.x % 4, t = threadIdx.x;
+    if (t == 0) {
+        mbarrier_init(barrier, 1);
+        mbarrier_arrive_expect(barrier, 4 * 512);
         mbarrier_init_fence();
     }
-    cluster_sync();
-    for (int piece = 0; piece < pieces; ++piece) {
-        if (threadIdx.x == 0) {
-            // Both blocks have read the piece before.
-            mbarrier_wait(empty, piece % 2 ^ 1);
-            mbarrier_arrive_expect(full, 256);
-            bulk_copy_to(smem_u32(shared) + 128 * rank, in + 64 * piece + 32 * rank, 128, full, 3);
-        }
-        mbarrier_wait(full, piece % 2);
-        const uint32_t* words = reinterpret_cast<const uint32_t*>(shared);
-        out[(blockIdx.x * pieces + piece) * 64 + threadIdx.x] = words[threadIdx.x];
-        __syncthreads();
-        if (threadIdx.x < 2) mbarrier_arrive_at(empty, threadIdx.x);
+    __syncwarp();
+    cluster_arrive();
+    const float4 own = *reinterpret_cast<const float4*>(in + 128 * blockIdx.x + 4 * t);
+    cluster_wait();
+    for (uint32_t to = 0; to < 4; ++to) store_at(smem_u32(shared) + 512 * rank + 16 * t, to, own, barrier);
+    mbarrier_wait_cluster(barrier, 0);
+    for (int i = t; i < 128; i += 32) {
+        float sum = 0.0f;
+        for (int from = 0; from < 4; ++from) sum += reinterpret_cast<const float*>(shared)[128 * from + i];
+        out[128 * blockIdx.x + i] = sum;
     }
-    cluster_sync();
 }
 
 // sums[0] = in[0], sums[b] = sums[b - 1] + in[b], rows of 128 floats: every block waits for the one before it.
