@@ -53,7 +53,7 @@ def launch_gemv(
     grid = min(row_groups, multiprocessors(x.device.index) * config.per_sm)
     tokens = columns(work.tokens)
     row_sums = 4 * max(tokens, 4)  # bytes: a float for each token and slot
-    per_group = config.warps * (TILE_ROWS * config.tiles + (1 if work.axis == 0 else 0)) * row_sums
+    per_group = config.warps * TILE_ROWS * config.tiles * row_sums
     # Sums of x for each set of slots, or scales and zeros of a row tile; and the sums of squares.
     inputs = _slot_sets(work, config, tokens) * 2 * row_sums if work.axis == 1 else config.blocks * 256
     inputs = config.warps * (inputs + (4 * tokens if work.normed else 0))

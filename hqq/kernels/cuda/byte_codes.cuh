@@ -9,13 +9,13 @@
 
 // The operands a0 .. a3 of mma_m16n8k32, half STEP (0, 1) of a block of 64 inputs; `w` are the lane's words of the block.
 // a0 and a2 are of row g, a1 and a3 of row g + 8. Byte j of a0 and a1 (h = 0) or a2 and a3 (h = 1) is input
-// `input(2 STEP + h, j)` of the lane's sixteen.
+// `input(2 STEP + h, j)` of the lane's sixteen; `run`: see fixed_point.cuh.
 template <int BITS>
 struct ByteCodes;
 
 template <>
 struct ByteCodes<8> {
-    static constexpr int lower_factor = 1, upper_factor = 1;
+    static constexpr int lower_factor = 1, upper_factor = 1, run = 8;
     static HQQ_INLINE constexpr int input(int q, int j) { return 4 * q + j; }
     template <int STEP>
     static HQQ_INLINE void unpack(const uint32_t* w, uint32_t (&a)[4]) {
@@ -30,7 +30,7 @@ struct ByteCodes<8> {
 
 template <>
 struct ByteCodes<4> {
-    static constexpr int lower_factor = 1, upper_factor = 16;
+    static constexpr int lower_factor = 1, upper_factor = 16, run = 8;
     static HQQ_INLINE constexpr int input(int q, int j) { return 4 * q + (j % 2 * 2 + j / 2); }
     template <int STEP>
     static HQQ_INLINE void unpack(const uint32_t* w, uint32_t (&a)[4]) {
@@ -44,7 +44,7 @@ struct ByteCodes<4> {
 
 template <>
 struct ByteCodes<3> {
-    static constexpr int lower_factor = 1, upper_factor = 8;
+    static constexpr int lower_factor = 1, upper_factor = 8, run = 8;
     static HQQ_INLINE constexpr int input(int q, int j) { return ByteCodes<4>::input(q, j); }
     template <int STEP>
     static HQQ_INLINE void unpack(const uint32_t* w, uint32_t (&a)[4]) {
@@ -60,7 +60,7 @@ struct ByteCodes<3> {
 // In the left shifts, bits that come from a neighbouring byte land below the masks.
 template <>
 struct ByteCodes<2> {
-    static constexpr int lower_factor = 16, upper_factor = 64;
+    static constexpr int lower_factor = 16, upper_factor = 64, run = 8;
     static HQQ_INLINE constexpr int input(int q, int j) { return q / 2 * 8 + q % 2 * 2 + (j % 2 * 4 + j / 2); }
     template <int STEP>
     static HQQ_INLINE void unpack(const uint32_t* w, uint32_t (&a)[4]) {
@@ -75,7 +75,7 @@ struct ByteCodes<2> {
 
 template <>
 struct ByteCodes<1> {
-    static constexpr int lower_factor = 64, upper_factor = 128;
+    static constexpr int lower_factor = 64, upper_factor = 128, run = 4;
     static HQQ_INLINE constexpr int input(int q, int j) { return 2 * q + (j % 2 * 8 + j / 2); }
     template <int STEP>
     static HQQ_INLINE void unpack(const uint32_t* w, uint32_t (&a)[4]) {

@@ -15,7 +15,7 @@
 // With unit the value of x's last bit, for each slot:
 // axis=1: y += scale * (unit * sum(q n) - zero * unit * sum(n)).
 // axis=0: a row tile has scale[k] and zero[k] in common, so scale x is what is split: y += unit * sum(q n), and
-// sum(zero scale x) is subtracted once for all its rows.
+// sum(zero scale x) is subtracted from the sums of all its rows.
 //
 // What a transformer does around its products costs little here and a kernel each elsewhere:
 // NORMED: x is norm * x / sqrt(mean(x^2) + eps); the root is taken out of the sums.
@@ -37,8 +37,16 @@ HQQ_INLINE float unit_of_sums(float unit, int upper) {
 
 // Sums of one slice for TILES row tiles: of integers for one set of slots, and scaled, of all sets.
 struct Products {
-    float out[TILES][COLUMN_SETS][2] = {};  // rows g and g + 8, in the lane's slot
+    float out[TILES][COLUMN_SETS][2];  // rows g and g + 8, in the lane's slot
     int acc[TILES][COLUMN_SETS][4] = {};
+
+    explicit HQQ_INLINE Products(const Inputs& inputs) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+            for (int columns = 0; columns < COLUMN_SETS; ++columns)
+                out[tile][columns][0] = out[tile][columns][1] = AXIS == 0 ? -inputs.zeros[columns] : 0.0f;
+    }
 
     template <int STEP>
     HQQ_INLINE void multiply(const uint32_t (&w)[TILES][BITS], const uint32_t (&b)[COLUMN_SETS][4]) {
@@ -71,25 +79,16 @@ struct Products {
     }
 
     // Puts the sums where this warp's are; a later sweep adds to what the same lane wrote.
-    HQQ_INLINE void put(float* warp_sums, const Lane& lane, const Inputs& inputs, bool first) const {
-        const auto put_one = [&](int row, int columns, int pair, float value) {
-            float* to = warp_sums + row * ROW_SUMS + 4 * columns + pair;
-            *to = first ? value : *to + value;
-        };
+    HQQ_INLINE void put(float* warp_sums, const Lane& lane, bool first) const {
 #pragma unroll
-        for (int columns = 0; columns < COLUMN_SETS; ++columns) {
+        for (int columns = 0; columns < COLUMN_SETS; ++columns)
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-                for (int upper = 0; upper < 2; ++upper)
-                    put_one(16 * tile + 8 * upper + lane.g, columns, lane.c, out[tile][columns][upper]);
-            if constexpr (AXIS == 0) {
-                float sum = inputs.zeros[columns];
-                sum += __shfl_xor_sync(FULL_WARP, sum, 1);
-                sum += __shfl_xor_sync(FULL_WARP, sum, 2);
-                if (lane.c == 0 && lane.piece == 0) put_one(ROWS, columns, lane.g / 2, sum);
-            }
-        }
+                for (int upper = 0; upper < 2; ++upper) {
+                    float* to = warp_sums + (16 * tile + 8 * upper + lane.g) * ROW_SUMS + 4 * columns + lane.c;
+                    *to = (first ? 0.0f : *to) + out[tile][columns][upper];
+                }
     }
 };
 
@@ -126,7 +125,7 @@ gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* m
     // Before the kernels in front have ended: whoever makes a TiledWeight waits until it is written.
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; ++chunk) weights.fetch_codes(chunk);
-    weights.fetch_scales(p, lane, first_tile(0), row_meta);
+    weights.fetch_all_scales(p, lane, first_tile(0), row_meta);
     pdl_launch();
     pdl_wait();
 
@@ -157,11 +156,11 @@ gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* m
             __syncwarp();
             inputs.split_scaled(p, lane, block0, new_slice, row_meta);
             __syncwarp();
-            if (more) weights.fetch_scales(p, lane, next_tile0, row_meta);
+            if (more) weights.copy_scales(p, next_tile0, row_meta);
         }
         if (NORMED && new_slice) put_squares(shared.squares + warp * TOKENS, lane, inputs.squares, at.sweep == 0);
 
-        Products products;
+        Products products(inputs);
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block) {
             constexpr int CHUNK_BLOCKS = Chunk<BITS>::blocks;
@@ -182,11 +181,12 @@ gemv(const unsigned char* x_, const unsigned char* codes, const unsigned char* m
                     products.scale(weights, set, columns,
                                    AXIS == 0 ? make_float2(inputs.units[columns][held], 0.0f)
                                              : x_sums[(set * COLUMN_SETS + columns) * 4 + lane.c]);
+                if constexpr (SCALES_AT_ONCE) weights.fetch_scales(p, lane, next_tile0, set);
             }
             if ((block + 1) % CHUNK_BLOCKS == 0) weights.fetch_codes(block / CHUNK_BLOCKS);
         }
-        if (AXIS == 1 && more) weights.fetch_scales(p, lane, next_tile0, row_meta);
-        products.put(shared.sums + ((at.group - at.batch) * WARPS + warp) * WARP_SUMS, lane, inputs, at.sweep == 0);
+        if (AXIS == 1 && !SCALES_AT_ONCE && more) weights.fetch_all_scales(p, lane, next_tile0, row_meta);
+        products.put(shared.sums + ((at.group - at.batch) * WARPS + warp) * WARP_SUMS, lane, at.sweep == 0);
 
         if (next.batch != at.batch) {
             __syncthreads();

@@ -5,7 +5,7 @@
 #include "fixed_point.cuh"
 #include "gemv_shape.cuh"
 
-// Where the lane's sixteen inputs of its column are, in column set `columns` and held block `held` of the slice that begins at
+// Where the lane's eight inputs of its column are, in column set `columns` and held block `held` of the slice that begins at
 // `block0`: nowhere (so they are zero) beyond M and K and in the parts of other slots.
 struct InputPlace {
     int token, k;
@@ -15,40 +15,46 @@ struct InputPlace {
         const int block = held * SET_BLOCKS + (PASSES > 1 ? 0 : lane.slot / PARTS);
         const bool my_part = PASSES > 1 || lane.c * PARTS / 4 == lane.slot % PARTS;
         token = COLUMN_TOKENS * columns + lane.token;
-        k = 64 * (block0 + block) + 16 * lane.c;
+        k = 64 * (block0 + block) + first_input(lane);
         there = my_part && token < p.M && k < p.K && block < BLOCKS;
     }
+
+    // Of the sixteen of a column that two lanes share, in a block.
+    static HQQ_INLINE int first_input(const Lane& lane) { return 16 * lane.c + C::run * lane.piece; }
 };
 
-HQQ_INLINE void load_sixteen(uint4 (&pairs)[2], const unsigned char* from, bool there) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) pairs[i] = there ? ldg128(from + 16 * i) : make_uint4(0, 0, 0, 0);
+// Eight inputs: one run of them, or two that begin eight apart.
+HQQ_INLINE uint4 load_eight(const unsigned char* from) {
+    if constexpr (C::run == 8) return ldg128(from);
+    const uint2 first = ldg64(from), second = ldg64(from + 16);
+    return make_uint4(first.x, first.y, second.x, second.y);
 }
 
-HQQ_INLINE void load_x(uint4 (&pairs)[2], const Arguments& p, const InputPlace& at) {
-    load_sixteen(pairs, p.x + (int64_t(at.token) * p.K + at.k) * 2, at.there);
+HQQ_INLINE uint4 read_eight(const unsigned char* from) {
+    if constexpr (C::run == 8) return *reinterpret_cast<const uint4*>(from);
+    const uint2 first = *reinterpret_cast<const uint2*>(from), second = *reinterpret_cast<const uint2*>(from + 16);
+    return make_uint4(first.x, first.y, second.x, second.y);
 }
 
-HQQ_INLINE void as_floats(float (&values)[16], const uint4 (&pairs)[2]) {
+HQQ_INLINE uint4 load_x(const Arguments& p, const InputPlace& at) {
+    return at.there ? load_eight(p.x + (int64_t(at.token) * p.K + at.k) * 2) : make_uint4(0, 0, 0, 0);
+}
+
+HQQ_INLINE void as_floats(float (&values)[8], uint4 pairs) {
+    const uint32_t word[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const uint32_t word[4] = {pairs[i].x, pairs[i].y, pairs[i].z, pairs[i].w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            values[8 * i + 2 * j] = low_float<T>(word[j]);
-            values[8 * i + 2 * j + 1] = high_float<T>(word[j]);
-        }
+    for (int i = 0; i < 4; ++i) {
+        values[2 * i] = low_float<T>(word[i]);
+        values[2 * i + 1] = high_float<T>(word[i]);
     }
 }
 
 // NORMED: values times the norm's weights; returns the sum of the values' squares.
-HQQ_INLINE float apply_norm(float (&values)[16], const Arguments& p, const InputPlace& at) {
-    uint4 pairs[2];
-    float weight[16], square = 0.0f;
-    load_sixteen(pairs, p.norm + at.k * 2, at.there);
-    as_floats(weight, pairs);
+HQQ_INLINE float apply_norm(float (&values)[8], const Arguments& p, const InputPlace& at) {
+    float weight[8], square = 0.0f;
+    as_floats(weight, at.there ? load_eight(p.norm + at.k * 2) : make_uint4(0, 0, 0, 0));
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < 8; ++i) {
         square = fmaf(values[i], values[i], square);
         values[i] *= weight[i];
     }
@@ -59,9 +65,7 @@ HQQ_INLINE float apply_norm(float (&values)[16], const Arguments& p, const Input
 HQQ_INLINE void put_squares(float* mine, const Lane& lane, const float (&squares)[COLUMN_SETS], bool first) {
 #pragma unroll
     for (int columns = 0; columns < COLUMN_SETS; ++columns) {
-        float sum = squares[columns];
-        sum += __shfl_xor_sync(FULL_WARP, sum, 1);
-        sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+        float sum = sum_over_inputs(squares[columns]);
         // With several passes all slots hold the same inputs.
 #pragma unroll
         for (int distance = 8 * COLUMN_TOKENS; distance < 32 && PASSES == 1; distance *= 2)
@@ -83,7 +87,7 @@ struct Inputs {
     uint32_t n[COLUMN_SETS][HELD][4];
     float units[COLUMN_SETS][HELD];  // axis=0: for the slot and token whose sums the lane holds
     float squares[COLUMN_SETS];      // NORMED: the lane's part of the sum of x^2
-    float zeros[COLUMN_SETS];        // axis=0: the lane's part of the sum of zero scale x
+    float zeros[COLUMN_SETS];        // axis=0: the sum of zero scale x, for the same slot and token
 
     // axis=1: splits x, and puts unit and unit * sum(n) of each slot and token into `x_sums`.
     HQQ_INLINE void split(const Arguments& p, const Lane& lane, int block0, float2* x_sums) {
@@ -93,9 +97,8 @@ struct Inputs {
 #pragma unroll
             for (int held = 0; held < HELD; ++held) {
                 const InputPlace place(p, lane, columns, held, block0);
-                load_x(unscaled[columns][held], p, place);
-                float values[16];
-                as_floats(values, unscaled[columns][held]);
+                float values[8];
+                as_floats(values, load_x(p, place));
                 if constexpr (NORMED) squares[columns] += apply_norm(values, p, place);
                 const float unit = to_fixed_point<C>(values, lane.piece, n[columns][held]);
                 put_sums(lane, columns, held, __shfl_sync(FULL_WARP, unit, 8 * lane.c), x_sums);
@@ -110,20 +113,19 @@ struct Inputs {
 #pragma unroll
         for (int held = 0; held < HELD; ++held) {
             const int block = held * SLOTS + lane.slot;
-            const uint4* from = reinterpret_cast<const uint4*>(row_meta + (block < BLOCKS ? block : 0) * 256) + 2 * lane.c;
-            const uint4 scale_pairs[2] = {from[0], from[1]}, zero_pairs[2] = {from[8], from[9]};
-            float scale[16], zero[16];
-            as_floats(scale, scale_pairs);
-            as_floats(zero, zero_pairs);
+            const unsigned char* from = row_meta + (block < BLOCKS ? block : 0) * 256 + 2 * InputPlace::first_input(lane);
+            float scale[8], zero[8];
+            as_floats(scale, read_eight(from));
+            as_floats(zero, read_eight(from + 128));
 #pragma unroll
             for (int columns = 0; columns < COLUMN_SETS; ++columns) {
                 const InputPlace place(p, lane, columns, held, block0);
-                if (!KEEPS_X || new_slice) load_x(unscaled[columns][held], p, place);
-                float values[16];
+                if (!KEEPS_X || new_slice) unscaled[columns][held] = load_x(p, place);
+                float values[8];
                 as_floats(values, unscaled[columns][held]);
                 if constexpr (NORMED) squares[columns] += apply_norm(values, p, place);
 #pragma unroll
-                for (int i = 0; i < 16; ++i) {
+                for (int i = 0; i < 8; ++i) {
                     values[i] *= scale[i];
                     zeros[columns] = fmaf(zero[i], values[i], zeros[columns]);
                 }
@@ -131,6 +133,9 @@ struct Inputs {
                 units[columns][held] = __shfl_sync(FULL_WARP, unit, 8 * lane.c);
             }
         }
+#pragma unroll
+        for (int columns = 0; columns < COLUMN_SETS; ++columns)
+            zeros[columns] = __shfl_sync(FULL_WARP, sum_over_inputs(zeros[columns]), 8 * lane.c);
     }
 
     // The operands for block `block` of the slice: zero but in the columns of its slot (and part, in pass `pass`).
@@ -147,8 +152,8 @@ struct Inputs {
 
 private:
     // axis=0: scale x is split anew for each row tile, from x that is kept where it is little.
-    static constexpr bool KEEPS_X = COLUMN_SETS * HELD <= 2;
-    uint4 unscaled[COLUMN_SETS][HELD][2];
+    static constexpr bool KEEPS_X = COLUMN_SETS * HELD <= 4;
+    uint4 unscaled[COLUMN_SETS][HELD];
 
     HQQ_INLINE void put_sums(const Lane& lane, int columns, int held, float unit, float2* x_sums) const {
         const uint32_t(&bytes)[4] = n[columns][held];

@@ -16,10 +16,7 @@ HQQ_INLINE float row_sum(const float* group_sums, int row, int token) {
     };
     float sum = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < WARPS; ++warp) {
-        sum += of_slots(group_sums + warp * WARP_SUMS + row * ROW_SUMS);
-        if constexpr (AXIS == 0) sum -= of_slots(group_sums + warp * WARP_SUMS + ROWS * ROW_SUMS);
-    }
+    for (int warp = 0; warp < WARPS; ++warp) sum += of_slots(group_sums + warp * WARP_SUMS + row * ROW_SUMS);
     return sum;
 }
 

@@ -24,9 +24,10 @@ static constexpr int LOADS = Chunk<BITS>::loads;
 static constexpr int ROWS = 16 * TILES;
 static constexpr int ROW_SUMS = 4 * COLUMN_SETS;  // one for each slot and token
 static_assert(!GATED || (TILES == 2 && AXIS == 1), "a gate and what it is for share inputs that are split once");
-// Sums of a row group: [WARPS][ROWS + EXTRA][ROW_SUMS]; the extra row of axis=0 has sum(zero scale x).
-static constexpr int EXTRA = AXIS == 0 ? 1 : 0;
-static constexpr int WARP_SUMS = (ROWS + EXTRA) * ROW_SUMS;
+static constexpr int WARP_SUMS = ROWS * ROW_SUMS;
+// axis=1: scales are replaced as they are used, not all at the end. With so many tokens each block has scales of its own, and
+// the first ones are needed at once.
+static constexpr bool SCALES_AT_ONCE = AXIS == 1 && TOKENS >= 8 && PARTS == 1;
 
 struct Arguments {
     const unsigned char* x;
@@ -53,7 +54,7 @@ struct Arguments {
 
 // The block's shared memory.
 struct Shared {
-    float* sums;              // [batch][WARPS][ROWS + EXTRA][ROW_SUMS]
+    float* sums;              // [batch][WARPS][ROWS][ROW_SUMS]
     float2* x_sums;           // axis=1: unit and unit * sum(n) of x in each slot and token: [WARPS][SETS][ROW_SUMS]
     unsigned char* row_meta;  // axis=0: scales and zeros of a row tile, [WARPS][BLOCKS][2][64] in the dtype
     float* squares;           // NORMED: sums of x^2, [WARPS][TOKENS]

@@ -39,25 +39,32 @@ struct Weights {
                     codes[tile][chunk][i] = ldg128_stream(tile_from[tile] + 512 * (LOADS * chunk + i));
     }
 
-    // axis=0: scales and zeros of the row tiles' groups go to `row_meta`, in shared memory.
-    HQQ_INLINE void fetch_scales(const Arguments& p, const Lane& lane, int tile0, unsigned char* row_meta) {
-        if constexpr (AXIS == 1) {
+    // axis=1: asks for the scales and zeros for set `set` of the slice; any ones past the last row tile.
+    HQQ_INLINE void fetch_scales(const Arguments& p, const Lane& lane, int tile0, int set) {
+        const unsigned char* from = FEW_SETS ? meta_from[set] : meta_of_slot(p, lane, set);
 #pragma unroll
-            for (int set = 0; set < SETS; ++set) {
-                const unsigned char* from = FEW_SETS ? meta_from[set] : meta_of_slot(p, lane, set);
+        for (int tile = 0; tile < TILES; ++tile)
+            scales[tile][set] = ldg64(from + int64_t(p.tile(tile0, tile)) * (p.groups * 64));
+    }
+
+    // axis=0: scales and zeros of the row tiles' group go to `row_meta`, in shared memory.
+    HQQ_INLINE void copy_scales(const Arguments& p, int tile0, unsigned char* row_meta) {
+        const unsigned char* from = p.meta + int64_t(tile0 / p.groups) * p.blocks * 256;
+        const int here = threadIdx.x % 32 * 16;
 #pragma unroll
-                for (int tile = 0; tile < TILES; ++tile)
-                    scales[tile][set] = ldg64(from + int64_t(p.tile(tile0, tile)) * (p.groups * 64));
-            }
+        for (int i = 0; i < BLOCKS * 256; i += 512) {
+            const int byte = from_block * 256 + i + here;
+            cp_async16_zfill(smem_u32(row_meta) + i + here, from + byte, byte < p.blocks * 256 ? 16 : 0);
+        }
+        cp_async_commit();
+    }
+
+    HQQ_INLINE void fetch_all_scales(const Arguments& p, const Lane& lane, int tile0, unsigned char* row_meta) {
+        if constexpr (AXIS == 0) {
+            copy_scales(p, tile0, row_meta);
         } else {
-            const unsigned char* from = p.meta + int64_t(tile0 / p.groups) * p.blocks * 256;
-            const int here = threadIdx.x % 32 * 16;
 #pragma unroll
-            for (int i = 0; i < BLOCKS * 256; i += 512) {
-                const int byte = from_block * 256 + i + here;
-                cp_async16_zfill(smem_u32(row_meta) + i + here, from + byte, byte < p.blocks * 256 ? 16 : 0);
-            }
-            cp_async_commit();
+            for (int set = 0; set < SETS; ++set) fetch_scales(p, lane, tile0, set);
         }
     }
 
