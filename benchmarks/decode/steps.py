@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 import time
 from collections.abc import Sequence
 from itertools import groupby
@@ -23,6 +24,7 @@ _KINDS = {
     "limits": "survey_kernel|limit_kernel",
     "embedding": "indexSelect|index_select|embedding|gather",
 }
+_ENOUGH = 1000.0  # milliseconds
 
 
 def started(model: Any, batch: int, prompt: int, steps: int, cache: int, **options: Any) -> HFGenerator:
@@ -56,9 +58,10 @@ def milliseconds_of_prompt(generator: HFGenerator, new: bool = False, repeats: i
 
     new: as if the generator had met no prompts of this length before.
     """
-    times = []
+    times: list[float] = []
     fused = None if generator._decoder is None else generator._decoder._fused
-    for _ in range(repeats + 2):
+    # The first ones may be recorded; long ones vary little.
+    while len(times) < 2 + repeats and (len(times) < 4 or sum(times) < _ENOUGH):
         if new and fused is not None:
             fused.forget_prompts()
         torch.cuda.synchronize()
@@ -66,7 +69,7 @@ def milliseconds_of_prompt(generator: HFGenerator, new: bool = False, repeats: i
         generator.prefill()
         torch.cuda.synchronize()
         times.append((time.perf_counter() - begin) * 1e3)
-    return sorted(times[2:])[repeats // 2]  # the second one may be recorded
+    return statistics.median(times[2:])
 
 
 def breakdown(generator: HFGenerator, token: torch.Tensor, steps: int = 4) -> dict[str, Any]:
