@@ -13,7 +13,7 @@ from hqq.core.bitpack import FORMAT_OF_BITS
 from hqq.core.qtensor import QSpec
 from hqq.errors import BackendError, ConfigError
 from hqq.kernels.cuda import unavailable_reason
-from hqq.kernels.tiled_gemv import MAX_TOKENS
+from hqq.kernels.tiled_gemv_config import MAX_TOKENS
 from hqq.kernels.tiled_tune import random_weight, tune
 from hqq.kernels.tiled_weight import tiled_support
 from hqq.models.checkpoint import describe_checkpoint

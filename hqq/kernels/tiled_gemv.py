@@ -1,4 +1,4 @@
-"""Products of few tokens (up to 16) with a tiled weight: configuration and launch of cuda/gemv.cu."""
+"""Products of few tokens with a tiled weight: configuration and launch of cuda/gemv.cu."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from hqq.errors import ConfigError
 from hqq.kernels.cuda import Kernel
 from hqq.kernels.device import ELEMENTS, multiprocessors
 from hqq.kernels.tile_layout import BLOCK_INPUTS, TILE_ROWS, chunk_blocks
-from hqq.kernels.tiled_gemv_config import GemvConfig, GemvWork, columns
+from hqq.kernels.tiled_gemv_config import MAX_TOKENS, GemvConfig, GemvWork, columns
 
-MAX_TOKENS = 16
 _SHARED_BYTES = 96 * 1024
 
 

@@ -9,7 +9,8 @@ import torch
 
 from hqq.kernels.tile_layout import BLOCK_INPUTS, TILE_ROWS, chunk_blocks
 
-_COLUMNS = (1, 2, 4, 8, 16)
+_COLUMNS = (1, 2, 4, 8)
+MAX_TOKENS = _COLUMNS[-1]  # at a time
 _MOST_WARPS = 16
 _LONG = 8192  # inputs
 _REGISTERS = 65536  # of a multiprocessor
@@ -51,7 +52,7 @@ class GemvWork(NamedTuple):
 
 def columns(tokens: int) -> int:
     """Return how many tokens at a time the kernel that takes `tokens` is compiled for."""
-    return next((size for size in _COLUMNS if size >= tokens), _COLUMNS[-1])
+    return next((size for size in _COLUMNS if size >= tokens), MAX_TOKENS)
 
 
 class _Cut(NamedTuple):
@@ -75,8 +76,6 @@ def choose_gemv(work: GemvWork, multiprocessors: int) -> GemvConfig:
 def _cut_rows(work: GemvWork, tokens: int, row_tiles: float) -> _Cut:
     """The choice for groups along the inputs; `row_tiles` are those of a multiprocessor."""
     small_groups = work.group_size < BLOCK_INPUTS  # a block has several, with scales of their own
-    if tokens == 16:
-        return _Cut(1, 2, per_sm=2, most_warps=8)  # x of so many tokens takes most registers
     if small_groups and tokens > 2:
         return _Cut(1, 2)
     if row_tiles < 4:  # so few that it matters how soon the first codes have arrived
@@ -96,8 +95,6 @@ def _cut_rows(work: GemvWork, tokens: int, row_tiles: float) -> _Cut:
 
 def _cut_columns(work: GemvWork, tokens: int, row_tiles: float) -> _Cut:
     """The choice for groups along the outputs: scaling x costs as much for one row tile as for four."""
-    if tokens == 16:
-        return _Cut(1, 2, per_sm=2, most_warps=8)
     if tokens == 8:
         return _Cut(2, 4)
     blocks = 2 if tokens > 1 and work.bits > 2 else 4

@@ -14,15 +14,17 @@ from hqq.kernels.cuda import unavailable_reason
 from hqq.kernels.tile_dequant import tile_dequantize
 from hqq.kernels.tile_layout import TILE_ROWS
 from hqq.kernels.tiled_gemm import gemm_unavailable_reason, tiled_gemm
-from hqq.kernels.tiled_gemv import MAX_TOKENS, launch_gemv
-from hqq.kernels.tiled_gemv_config import GemvWork
+from hqq.kernels.tiled_gemv import launch_gemv
+from hqq.kernels.tiled_gemv_config import MAX_TOKENS, GemvWork
 from hqq.kernels.tiled_reference import dequantize_tiles
 from hqq.kernels.tiled_tune import gemv_config
 from hqq.kernels.tiled_weight import TiledWeight
 
 _ALIGNMENT = 16
-# From so many outputs on the GEMM is ahead with more than 8 tokens; with axis 0 it always is.
 _MANY_OUTPUTS = 16384
+_SMALL_GROUP = 32
+# Tokens up to which going over the weight again for every 8 of them costs less than dequantising it.
+_GEMV_TOKENS = 24
 # Beyond this many tokens dequantising the weight costs less than multiplying fused, as measured on an H200.
 _GEMM_TOKENS = 512
 _ARGUMENTS = "Tensor codes, Tensor meta, Tensor rows, int bits, int axis, int group_size, int N, int K"
@@ -125,10 +127,19 @@ def _route(work: GemvWork, gemm: bool) -> str:
     """Return which kernel takes `work`, by what an H200 measured: it was the faster one there."""
     if work.K % TILE_ROWS:
         return "dequantize"
-    prefers_gemm = gemm and (work.axis == 0 or work.N >= _MANY_OUTPUTS)
-    if work.tokens <= (MAX_TOKENS // 2 if prefers_gemm else MAX_TOKENS):
+    if work.tokens <= (_tokens_before_gemm(work) if gemm else _GEMV_TOKENS):
         return "gemv"
     return "gemm" if gemm and work.tokens <= _GEMM_TOKENS else "dequantize"
+
+
+def _tokens_before_gemm(work: GemvWork) -> int:
+    """Return up to how many tokens gemv is ahead of the GEMM, which takes as long for one as for sixteen."""
+    many = work.N >= _MANY_OUTPUTS
+    if work.axis == 0:
+        return 4 if many else MAX_TOKENS
+    if work.group_size < _SMALL_GROUP:
+        return 2 if many else 4
+    return MAX_TOKENS
 
 
 def _dequantize_cuda(*weight: Any) -> Tensor:

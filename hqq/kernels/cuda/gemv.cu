@@ -22,8 +22,8 @@
 // GATED: the weight's tiles are those of a gate and, behind them, of as many outputs again; y is silu(gate) * other, [M, N / 2].
 // A residual [M, N] is added to y if there is one.
 //
-// Compile-time: ELEMENT (F16, BF16), CODE_BITS, AXIS, GROUP (axis=1: weights in a group; 0: the row), TOKENS (1, 2, 4, 8,
-// 16), TILES (row tiles at a time; GATED: 2), WARPS (of a block), BLOCKS (of 64 inputs that a warp has at a time), RESIDENT
+// Compile-time: ELEMENT (F16, BF16), CODE_BITS, AXIS, GROUP (axis=1: weights in a group; 0: the row), TOKENS (1, 2, 4, 8),
+// TILES (row tiles at a time; GATED: 2), WARPS (of a block), BLOCKS (of 64 inputs that a warp has at a time), RESIDENT
 // (blocks that should fit a multiprocessor), NORMED, GATED (0 or 1; GATED for axis=1 only).
 #include "gemv_inputs.cuh"
 #include "gemv_results.cuh"
