@@ -71,7 +71,9 @@ def run_one(q: QTensor, dtype: torch.dtype, config: Config) -> Tensor:
 def shipped(q: QTensor, dtype: torch.dtype) -> Config:
     """Return the library's own choice for `q`."""
     assert q.spec.format is not None
-    return default_config(matrix_view(q.spec, Config(1 << 16, 1, 1)), q.spec.format.fields, dtype.itemsize)
+    stat_bytes = sum(inline_stat(stat, dtype).values.itemsize for stat in (q.scale, q.zero))
+    view = matrix_view(q.spec, Config(1 << 16, 1, 1))
+    return default_config(view, q.spec.format.fields, dtype.itemsize, stat_bytes)
 
 
 def compile_one(job: tuple[Case, Config | None]) -> None:

@@ -88,7 +88,7 @@ def config_of_block(block_size: int, out_itemsize: int) -> Config:
 _LARGE_BYTES = 64 << 20
 
 # The shipped choices, measured on an H200 (see docs/kernels.md), by kind of groups and codes per packed element, with
-# `block` for 16-bit results.
+# `block` for 16-bit results and `stripe` for 16-bit scales and zeros.
 _LARGE = {
     ("rows", 1): Config(2048, 8, 1, 0, 8, 1024, 1),
     ("rows", 2): Config(1024, 4, 1, 0, 8, 2048, 1),
@@ -115,8 +115,11 @@ _SMALL = {
 }
 
 
-def default_config(view: MatrixView, fields: int, out_itemsize: int) -> Config:
-    """Return the shipped choice for `view`, whose packed elements hold `fields` codes each."""
+def default_config(view: MatrixView, fields: int, out_itemsize: int, stat_bytes: int = 4) -> Config:
+    """Return the shipped choice for `view`, whose packed elements hold `fields` codes each.
+
+    stat_bytes: bytes of one group's scale and zero together. Stripes are as wide as the L2 cache can keep those of.
+    """
     kind = "columns" if view.groups == "columns" else "rows"
     large = view.rows * view.columns * out_itemsize >= _LARGE_BYTES
     config = (_LARGE if large else _SMALL)[kind, fields]
@@ -125,12 +128,13 @@ def default_config(view: MatrixView, fields: int, out_itemsize: int) -> Config:
     if kind == "columns":
         tile_rows = max(1, block // view.columns)
         steps = max(1, min(steps, view.packed_rows // tile_rows))
-    return config._replace(block=block, steps=steps)
+    stripe = config.stripe * config.block // block * 4 // stat_bytes
+    return config._replace(block=block, steps=steps, stripe=stripe)
 
 
-def candidates(view: MatrixView, fields: int, out_itemsize: int) -> list[Config]:
-    """Return the configurations that tuning measures, the shipped choice first."""
-    first = default_config(view, fields, out_itemsize)
+def candidates(view: MatrixView, fields: int, out_itemsize: int, stat_bytes: int = 4) -> list[Config]:
+    """Return the configurations that tuning measures, the shipped choice first; see `default_config`."""
+    first = default_config(view, fields, out_itemsize, stat_bytes)
     columns = view.groups == "columns"
     tiles = [(full_width(out_itemsize, w), w) for w in (2, 4, 8)] + [(full_width(out_itemsize, 8), 4)]
     steps = [s for s in ((1, 2, 4, 8) if columns else (1, 2)) if s <= view.packed_rows]

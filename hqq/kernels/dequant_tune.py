@@ -33,15 +33,16 @@ def choose_config(
     autotune: bool = False,
 ) -> Config:
     """Return the tile sizes for this call; `autotune` measures them if they are not known yet (not under capture)."""
+    stat_bytes = scale.values.itemsize + zero.values.itemsize
     if W_q.device.type != "cuda":
-        return _shipped(spec, out_dtype)
+        return _shipped(spec, out_dtype, stat_bytes)
     kept = _cache_of(torch.cuda.get_device_name(W_q.device))
     key = _key(scale, zero, spec, out_dtype)
     known = _valid(kept.get(key))
     if known is not None:
         return known
     if not autotune or torch.cuda.is_current_stream_capturing():
-        return _shipped(spec, out_dtype)
+        return _shipped(spec, out_dtype, stat_bytes)
 
     def measure(config: Config) -> float:
         def run() -> Tensor:
@@ -51,7 +52,7 @@ def choose_config(
             # do_bench clears the L2 cache between runs.
             return float(triton.testing.do_bench(run, _WARM_UP_MS, _MEASURE_MS, return_mode="median"))
 
-    best = fastest(candidates(_view(spec), _fields(spec), out_dtype.itemsize), measure)
+    best = fastest(candidates(_view(spec), _fields(spec), out_dtype.itemsize, stat_bytes), measure)
     kept.put(key, best)
     return best
 
@@ -99,5 +100,5 @@ def _fields(spec: QSpec) -> int:
 
 
 @cache
-def _shipped(spec: QSpec, out_dtype: torch.dtype) -> Config:
-    return default_config(_view(spec), _fields(spec), out_dtype.itemsize)
+def _shipped(spec: QSpec, out_dtype: torch.dtype, stat_bytes: int) -> Config:
+    return default_config(_view(spec), _fields(spec), out_dtype.itemsize, stat_bytes)

@@ -45,6 +45,14 @@ def test_every_offered_configuration_can_be_built() -> None:
                 assert all(check_config(config) == config for config in offered)
 
 
+def test_stripes_hold_as_many_bytes_of_scales_whatever_their_type() -> None:
+    large = view("4bit_u8", (8192, 28672), 64, 0), FORMATS["4bit_u8"].fields
+    for out_itemsize, stat_bytes in ((2, 4), (2, 2), (2, 3), (4, 8), (4, 2)):
+        config = default_config(*large, out_itemsize, stat_bytes)
+        held = config.stripe * config.block * stat_bytes
+        assert 0 <= 1792 * 1024 * 4 - held < config.block * stat_bytes
+
+
 def test_block_size_gives_a_configuration() -> None:
     assert [config_of_block(size, 2) for size in (32, 512, 1024, 4096)] == [
         Config(32, 1, 1),
