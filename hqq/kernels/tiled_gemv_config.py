@@ -81,13 +81,15 @@ def _cut_rows(work: GemvWork, tokens: int, row_tiles: float) -> _Cut:
     if row_tiles < 4:  # so few that it matters how soon the first codes have arrived
         if work.K <= _LONG and row_tiles > 2 and tokens == 1 and work.bits == 4 and not small_groups:
             return _Cut(1, 8, per_sm=2, most_warps=8)
-        if work.K <= _LONG or tokens == 2:
-            return _Cut(1, 4)
-        if tokens > 2:
+        if tokens == 8 and work.K > _LONG:
             return _Cut(2, 2)
+        if tokens > 1 or work.K <= _LONG:
+            return _Cut(1, 4)
         return _Cut(1, 4, per_sm=2) if work.bits == 4 else _Cut(1, 8)
     if tokens == 8:
         return _Cut(1, 4, per_sm=2, most_warps=8)
+    if tokens == 2 and not small_groups:
+        return _Cut(2, 4, per_sm=2, most_warps=8)
     if small_groups or (tokens > 1 and work.bits > 2):
         return _Cut(2, 2)
     return _Cut(2, 4)
@@ -97,11 +99,12 @@ def _cut_columns(work: GemvWork, tokens: int, row_tiles: float) -> _Cut:
     """The choice for groups along the outputs: scaling x costs as much for one row tile as for four."""
     if tokens == 8:
         return _Cut(2, 4)
-    blocks = 2 if tokens > 1 and work.bits > 2 else 4
-    if row_tiles <= 2:
-        if tokens == 1 and work.bits <= 2 and work.K > _LONG:
-            blocks = 8
-        return _Cut(2, 4 if tokens == 4 else blocks)
+    few, long = row_tiles <= 2, work.K > _LONG
+    blocks = 4 if tokens == 1 or work.bits <= 2 else 2
+    if tokens == 1 and work.bits == 1 and (long or not few):
+        blocks = 8
+    if few:
+        return _Cut(2, 4 if tokens == 4 and not long else blocks)
     if work.bits == 8:
         return _Cut(2, blocks)
     return _Cut(4, blocks) if row_tiles <= 4 else _Cut(4, blocks, per_sm=2, most_warps=8)

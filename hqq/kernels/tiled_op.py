@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hqq.errors import ConfigError, DtypeError, ShapeError
 from hqq.kernels.cuda import unavailable_reason
 from hqq.kernels.tile_dequant import tile_dequantize
-from hqq.kernels.tile_layout import TILE_ROWS
+from hqq.kernels.tile_layout import BLOCK_INPUTS, TILE_ROWS
 from hqq.kernels.tiled_gemm import gemm_unavailable_reason, tiled_gemm
 from hqq.kernels.tiled_gemv import launch_gemv
 from hqq.kernels.tiled_gemv_config import MAX_TOKENS, GemvWork
@@ -21,8 +21,7 @@ from hqq.kernels.tiled_tune import gemv_config
 from hqq.kernels.tiled_weight import TiledWeight
 
 _ALIGNMENT = 16
-_MANY_OUTPUTS = 16384
-_SMALL_GROUP = 32
+_MANY_OUTPUTS = 8192
 # Tokens up to which going over the weight again for every 8 of them costs less than dequantising it.
 _GEMV_TOKENS = 24
 # Beyond this many tokens dequantising the weight costs less than multiplying fused, as measured on an H200.
@@ -134,12 +133,12 @@ def _route(work: GemvWork, gemm: bool) -> str:
 
 def _tokens_before_gemm(work: GemvWork) -> int:
     """Return up to how many tokens gemv is ahead of the GEMM, which takes as long for one as for sixteen."""
-    many = work.N >= _MANY_OUTPUTS
-    if work.axis == 0:
-        return 4 if many else MAX_TOKENS
-    if work.group_size < _SMALL_GROUP:
-        return 2 if many else 4
-    return MAX_TOKENS
+    most = MAX_TOKENS
+    if work.axis == 1 and work.group_size < BLOCK_INPUTS // 2:
+        most //= 2  # more passes than there are slots for groups of a block
+    if work.N >= _MANY_OUTPUTS and (work.axis == 0 or work.group_size < BLOCK_INPUTS):
+        most //= 2
+    return most
 
 
 def _dequantize_cuda(*weight: Any) -> Tensor:
