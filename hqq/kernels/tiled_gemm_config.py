@@ -122,13 +122,15 @@ def _all_at_once(M: int, tiles: int, K: int, multiprocessors: int) -> GemmConfig
 
 
 def _in_shares(M: int, tiles: int, multiprocessors: int) -> GemmConfig:
-    """Return settings for equal shares. Where tiles are few, many share each: then tiles are small."""
-    if M <= 128:
+    """Return settings for equal shares. Where tiles are few, many blocks share each: then tiles are small."""
+    few = 2 * tiles < multiprocessors
+    one_tile = 128 if few else 256
+    if one_tile >= M:
         return _with_tokens(_columns(M))
-    if M <= 640 and 2 * tiles < multiprocessors:
+    if few and M <= 640:
         return _with_tokens(128)
-    # Whichever leaves fewer columns empty.
-    return _with_tokens(192 if -(-M // 192) * 192 < -(-M // 256) * 256 else 256)
+    # Whichever leaves fewest columns empty, of these the widest.
+    return _with_tokens(min((256, 192, 160), key=lambda columns: -(-M // columns) * columns))
 
 
 def _columns(tokens: int) -> int:

@@ -38,8 +38,9 @@ struct Multiplier {
           lane(l),
           unreleased(-1) {}
 
-    HQQ_INLINE void release_x(int slot) const {
-        if (lane == 0) mbarrier_arrive(x.empty + 8 * slot);
+    HQQ_INLINE void release_x() {
+        if (unreleased >= 0 && lane == 0) mbarrier_arrive(x.empty + 8 * unreleased);
+        unreleased = -1;
     }
 
     HQQ_INLINE void release_codes() {
@@ -84,6 +85,8 @@ struct Multiplier {
             }
             wgmma_commit();
             wgmma_wait<RUNNING>();
+            // The stage before has been read.
+            if (PAIR % (BLOCKS * JOINT) == 0 && STEP + STEPS == STEPS_OF_BLOCK) release_x();
             dequantise_steps<(PAIR + 1) % 2, STEP, STEP + STEPS>();
             steps<PAIR, STEP + STEPS>(sum, columns);
         }
@@ -98,7 +101,6 @@ struct Multiplier {
     }
 
     HQQ_INLINE void next_x() {
-        if (unreleased >= 0) release_x(unreleased);
         unreleased = x.slot;
         x.next();
     }
@@ -144,8 +146,7 @@ struct Multiplier {
         wgmma_wait<0>();
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) wgmma_touch(sum[b]);
-        if (unreleased >= 0) release_x(unreleased);
-        unreleased = -1;
+        release_x();
     }
 };
 
