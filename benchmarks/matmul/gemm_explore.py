@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from benchmarks.dequant.timing import steady_microseconds
 from benchmarks.harness import table
+from benchmarks.matmul.turns import Contender, microseconds_in_turn
 from hqq.core.bitpack import FORMAT_OF_BITS
 from hqq.core.qtensor import QSpec, QTensor
 from hqq.kernels import tiled_gemm as launcher
@@ -110,15 +110,13 @@ def compile_all(pairs: list[tuple[Case, GemmConfig]]) -> None:
         list(pool.map(lambda pair: cubin(pair[0], pair[1], "sm_90a"), dict.fromkeys(sources)))
 
 
-def time_case(case: Case, configs: list[GemmConfig]) -> Iterator[tuple[GemmConfig | None, float]]:
-    """Yield µs of cuBLAS (None) and of each configuration, over weights that no cache holds."""
+def time_case(case: Case, configs: list[GemmConfig]) -> list[tuple[GemmConfig | None, float]]:
+    """Return µs of cuBLAS (None) and of each configuration, in turn, over weights that no cache holds."""
     q = random_qtensor(case._replace(N=min(case.N, 4096)))
     one = TiledWeight.from_qtensor(q, case.dtype)
     x = torch.randn(case.M, case.K, dtype=case.dtype, device="cuda")
     copies = max(2, (1 << 28) // (case.N * case.K * 2) + 2)
     plain = [torch.randn(case.N, case.K, dtype=case.dtype, device="cuda") * 0.01 for _ in range(copies)]
-    yield None, steady_microseconds(lambda W: torch.nn.functional.linear(x, W), plain)
-    del plain
     # Along axis 0, how rows fall into groups depends on N.
     whole = case.axis == 0 or case.N % 4096
     repeated = (
@@ -136,13 +134,13 @@ def time_case(case: Case, configs: list[GemmConfig]) -> Iterator[tuple[GemmConfi
         buffers.append((codes, repeated.meta.clone()))
     out = torch.empty(case.M, case.N, dtype=case.dtype, device="cuda")
 
-    for config in configs:
+    def run(weight: tuple[Tensor, Tensor], config: GemmConfig) -> Tensor:
+        tiled_gemm(x, *weight, args[2], *args[3:], None, out, config)
+        return out
 
-        def run(weight: tuple[Tensor, Tensor], config: GemmConfig = config) -> Tensor:
-            tiled_gemm(x, *weight, args[2], *args[3:], None, out, config)
-            return out
-
-        yield config, steady_microseconds(run, buffers)
+    contenders: list[Contender] = [(lambda W: torch.nn.functional.linear(x, W), plain)]
+    contenders += [(partial(run, config=config), buffers) for config in configs]
+    return list(zip([None, *configs], microseconds_in_turn(contenders), strict=True))
 
 
 def short(config: GemmConfig | None) -> str:

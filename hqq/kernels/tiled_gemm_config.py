@@ -89,7 +89,8 @@ _RINGS = {
     192: (2, 4, 1, 6),
     256: (2, 3, 1, 5),
 }
-_FEW_TOKENS, _LONG_ROWS = 128, 8192
+# With so few tokens and rows so long, tiles are not halved.
+_FEW_TOKENS, _LONG_ROWS = 160, 8192
 # Of a GPU's multiprocessors, how many are to be busy: with the inputs split in two, and with whole output tiles.
 _BUSY_SPLIT, _BUSY_WHOLE = 0.7, 0.9
 
@@ -99,8 +100,6 @@ def choose(M: int, N: int, K: int, bits: int, multiprocessors: int) -> GemmConfi
     tiles = -(-N // 128)
     if M <= 16:
         return _with_tokens(16, resident=2 if tiles >= multiprocessors else 1)
-    if M <= 32:
-        return _with_tokens(32, blocks=2 if tiles >= multiprocessors else 1)
     return _all_at_once(M, tiles, K, multiprocessors) or _in_shares(M, tiles, multiprocessors)
 
 
@@ -123,14 +122,14 @@ def _all_at_once(M: int, tiles: int, K: int, multiprocessors: int) -> GemmConfig
 
 def _in_shares(M: int, tiles: int, multiprocessors: int) -> GemmConfig:
     """Return settings for equal shares. Where tiles are few, many blocks share each: then tiles are small."""
+    if M <= 32:
+        return _with_tokens(32, blocks=2 if tiles >= multiprocessors else 1)
     few = 2 * tiles < multiprocessors
-    one_tile = 128 if few else 256
-    if one_tile >= M:
+    sizes = (160, 128) if few and M <= 640 else (256, 192, 160)
+    if sizes[0] >= M:
         return _with_tokens(_columns(M))
-    if few and M <= 640:
-        return _with_tokens(128)
     # Whichever leaves fewest columns empty, of these the widest.
-    return _with_tokens(min((256, 192, 160), key=lambda columns: -(-M // columns) * columns))
+    return _with_tokens(min(sizes, key=lambda columns: -(-M // columns) * columns))
 
 
 def _columns(tokens: int) -> int:
