@@ -2,8 +2,8 @@
 //
 // Weights are the tall operand, dequantised in registers; tokens are the columns and come through shared memory. A block
 // has 8 warps that multiply, in two warpgroups, each warp with BLOCKS tiles of 16 output features and TOKENS tokens, and
-// four that copy, in a warpgroup that gives its registers away: codes and scales of SPAN blocks of 64 inputs at a time
-// into a ring of DEPTH such spans, x, JOINT blocks at a time, into a ring of STAGES.
+// four in a warpgroup that gives its registers away: two copy codes and scales of SPAN blocks of 64 inputs at a time into a
+// ring of DEPTH such spans, one copies x, JOINT blocks at a time, into a ring of STAGES, and one raises flags.
 //
 // With SPLIT, a cluster of so many thread blocks makes an output tile: each takes its part of the inputs, sends its sums
 // of the others' parts of the tile, and stores its own part. Without, all (output tile, span of inputs) pairs are one
