@@ -142,8 +142,10 @@ def _with_tokens(tokens: int, blocks: int = 1, split: int = 0, resident: int = 1
     return GemmConfig(tokens, blocks, span, depth, joint, stages, split=split, resident=resident)
 
 
-def most_tokens(N: int, K: int) -> int:
+def most_tokens(N: int, K: int, axis: int) -> int:
     """Return up to how many tokens the GEMM was faster on an H200 than to dequantise the weight and use cuBLAS."""
+    if axis == 0:
+        return 512
     return 1024 if N * K < 1 << 25 else 1536 if N * K < 1 << 26 else 3072
 
 

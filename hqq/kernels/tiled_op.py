@@ -14,6 +14,7 @@ from hqq.kernels.cuda import unavailable_reason
 from hqq.kernels.tile_dequant import tile_dequantize
 from hqq.kernels.tile_layout import BLOCK_INPUTS, TILE_ROWS
 from hqq.kernels.tiled_gemm import gemm_unavailable_reason, tiled_gemm
+from hqq.kernels.tiled_gemm_config import most_tokens
 from hqq.kernels.tiled_gemv import launch_gemv
 from hqq.kernels.tiled_gemv_config import MAX_TOKENS, GemvWork
 from hqq.kernels.tiled_reference import dequantize_tiles
@@ -24,8 +25,6 @@ _ALIGNMENT = 16
 _MANY_OUTPUTS = 8192
 # Tokens up to which going over the weight again for every 8 of them costs less than dequantising it.
 _GEMV_TOKENS = 24
-# Beyond this many tokens dequantising the weight costs less than multiplying fused, as measured on an H200.
-_GEMM_TOKENS = 512
 _ARGUMENTS = "Tensor codes, Tensor meta, Tensor rows, int bits, int axis, int group_size, int N, int K"
 LIBRARY = torch.library.Library("hqq", "FRAGMENT")  # type: ignore[no-untyped-call]
 for schema in (
@@ -128,7 +127,7 @@ def _route(work: GemvWork, gemm: bool) -> str:
         return "dequantize"
     if work.tokens <= (_tokens_before_gemm(work) if gemm else _GEMV_TOKENS):
         return "gemv"
-    return "gemm" if gemm and work.tokens <= _GEMM_TOKENS else "dequantize"
+    return "gemm" if gemm and work.tokens <= most_tokens(work.N, work.K, work.axis) else "dequantize"
 
 
 def _tokens_before_gemm(work: GemvWork) -> int:
