@@ -18,6 +18,7 @@ from hqq.core.linear import HQQLinear
 from hqq.core.prepared import MatmulBackend
 from hqq.errors import BackendError
 from tests.core.layers import config, linear, same_state
+from tests.kernels.quantized import ALLOW_SCRIPT_METHOD
 
 N, K = 64, 1024
 MODULES = {"gemlite": gemlite, "marlin": marlin, "bitblas": bitblas}
@@ -243,6 +244,7 @@ def test_a_library_that_fails_is_a_reason(
     assert layer.preparation is None and same_state(dict(layer.state_dict()), before)
 
 
+@ALLOW_SCRIPT_METHOD
 @pytest.mark.parametrize("name", ["gemlite", "marlin"])
 def test_products_are_one_graph(name: str, on_cpu: None, rng: torch.Generator) -> None:
     layer = layer_of(rng, torch.float16, group_size=64)

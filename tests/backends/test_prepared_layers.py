@@ -20,6 +20,7 @@ from hqq.core.lora import HQQLinearLoRA
 from hqq.errors import BackendError, DtypeError, ShapeError
 from tests.backends.kinds import KINDS, K, Kind, N, kind_id, layer_of, native_on_cpu
 from tests.core.layers import config, same_state, same_value
+from tests.kernels.quantized import ALLOW_SCRIPT_METHOD
 
 # What the project promises of products in bfloat16, against a product in float64 with the weight in float64.
 BOUND = 1e-2
@@ -223,6 +224,7 @@ def test_writing_ends_the_preparation(name: str, kind: Kind, layer: HQQLinear) -
     assert same_state(dict(layer.state_dict()), before)
 
 
+@ALLOW_SCRIPT_METHOD
 @pytest.mark.filterwarnings(  # torch's own, from tracing any autograd.Function
     "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"
 )

@@ -1,4 +1,4 @@
-// From the stored codes of a lane to the registers of a matrix product: the operand a of mma_m16n8k16 and of Wgmma.
+// From the stored codes of a lane to the registers of a matrix product: the operand a of mma.m16n8k16 and of Wgmma.
 // The order of codes and scales is that of tile_layout.py and tiled_weight.py.
 #ifndef HQQ_FRAGMENTS_CUH
 #define HQQ_FRAGMENTS_CUH

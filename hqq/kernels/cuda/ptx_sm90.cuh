@@ -88,7 +88,7 @@ HQQ_INLINE void wgmma_touch(float (&d)[COUNT]) {
 }
 
 // d[64, N] = (add ? d : 0) + a[64, 16] b[16, N], asynchronously; b transposed, by its descriptor, is N rows of k.
-// Warp w of the four has rows 16w to 16w+15; in them a is as in mma_m16n8k16, and d[4 j ...] is its d of columns 8j to
+// Warp w of the four has rows 16w to 16w+15; in them a is as in mma.m16n8k16, and d[4 j ...] is its d of columns 8j to
 // 8j+7.
 template <class T, int N>
 struct Wgmma;
