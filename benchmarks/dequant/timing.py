@@ -28,7 +28,7 @@ def microseconds(function: Callable[[T], Tensor], inputs: Sequence[T], replays: 
 
     Results stay alive within a replay, so that each call writes memory of its own.
     """
-    graph, results = _captured(function, inputs)
+    graph, results = captured(function, inputs)
     for _ in range(3):
         graph.replay()
     times = []
@@ -48,21 +48,26 @@ def steady_microseconds(function: Callable[[T], Tensor], inputs: Sequence[T], re
 
     The GPU is still busy with one replay while the next is sent, so that what the host takes for it is not measured.
     """
-    graph, results = _captured(function, inputs)
+    graph, results = captured(function, inputs)
+    times = [time / len(results) for time in replay_microseconds(graph, replays, before=3)]
+    del results, graph
+    return float(statistics.median(times))
+
+
+def replay_microseconds(graph: torch.cuda.CUDAGraph, replays: int, before: int) -> list[float]:
+    """Return the times of replays without a pause between them, after `before` others."""
     events = [_event() for _ in range(replays + 1)]
-    for _ in range(3):
+    for _ in range(before):
         graph.replay()
     for event in events[:-1]:
         event.record()
         graph.replay()
     events[-1].record()
     events[-1].synchronize()
-    times = [start.elapsed_time(end) * 1e3 / len(results) for start, end in pairwise(events)]
-    del results, graph
-    return float(statistics.median(times))
+    return [start.elapsed_time(end) * 1e3 for start, end in pairwise(events)]
 
 
-def _captured(
+def captured(
     function: Callable[[T], Tensor], inputs: Sequence[T]
 ) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     """Return a graph of calls that go through the inputs, and what it writes: one result for each call."""

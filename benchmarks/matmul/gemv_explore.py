@@ -7,8 +7,10 @@ CUDA-graph replays over enough weights that nothing comes from the L2 cache.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,30 +75,31 @@ def explore(case: Case, ceiling: float) -> Iterator[dict[str, Any]]:
     moved = weight.codes.nbytes + weight.meta.nbytes + 2 * case.M * (case.N + case.K)
     weights = [random_weight(case.spec, case.dtype, torch.device("cuda")) for _ in range(buffer_sets(moved))]
     out = torch.empty((case.M, case.N), dtype=case.dtype, device="cuda")
-    errors, times = [], []
+    errors: dict[GemvConfig, float] = {}
     for config in configs:
         y = product(work, config, x, weight, bias)
         if not torch.equal(y, product(work, config, x, weight, bias)):
             raise RuntimeError(f"{case.name} {config}: two runs differ")
-        errors.append(float((y.double() - expected).norm() / expected.norm()))
+        errors[config] = float((y.double() - expected).norm() / expected.norm())
+
+    def call(w: TiledWeight, config: GemvConfig) -> Tensor:
+        launch_gemv(work, config, x, w.codes, w.meta, w.rows, None, out)
+        return out
+
     # What is timed first after a pause, or after other work, can come out a tenth slower.
+    times = dict.fromkeys(configs, math.inf)
     for _ in range(_ROUNDS):
         for config in configs:
-
-            def call(w: TiledWeight, config: GemvConfig = config) -> Tensor:
-                launch_gemv(work, config, x, w.codes, w.meta, w.rows, None, out)
-                return out
-
-            times.append(steady_microseconds(call, weights))
-    for i, (config, variant) in enumerate(zip(configs, variants, strict=True)):
+            times[config] = min(times[config], steady_microseconds(partial(call, config=config), weights))
+    for config, variant in zip(configs, variants, strict=True):
         yield {
             **{key: value for key, value in case._asdict().items() if key != "dtype"},
             "dtype": str(case.dtype).removeprefix("torch."),
             "floor_us": round(moved / ceiling * 1e6, 2),
-            "us": round(min(times[i :: len(configs)]), 2),
-            "chosen": i == 0,
+            "us": round(times[config], 2),
+            "chosen": config == configs[0],
             "config": config._asdict(),
-            "relative_error": errors[i],
+            "relative_error": errors[config],
             "registers": variant.resources(0).registers,
             "spilled_bytes": variant.resources(0).local_bytes,
         }

@@ -17,7 +17,7 @@ from hqq.kernels import TiledWeight, tiled_dequantize
 from hqq.kernels.device import multiprocessors
 from hqq.kernels.tiled_gemm import tiled_gemm
 from hqq.kernels.tiled_gemv import Norm, launch_gemv
-from hqq.kernels.tiled_gemv_config import GemvWork, candidates
+from hqq.kernels.tiled_gemv_config import GemvWork, candidates, choose_gemv
 
 _BF16, _FP16 = torch.bfloat16, torch.float16
 _EPS = 1e-5
@@ -66,7 +66,7 @@ def results(case: Case) -> Iterator[tuple[str, Tensor, Tensor]]:
         gate, other = expected.chunk(2, dim=-1)
         expected = F.silu(gate) * other
     out = torch.full_like(expected, torch.nan, dtype=case.dtype)
-    config = candidates(work, multiprocessors(x.device.index))[0]
+    config = choose_gemv(work, multiprocessors(x.device.index))
     launch_gemv(work, config, x, *tensors, bias, out, Norm(scales, _EPS), None)
     yield f"gemv with norm {tuple(config)}", out, expected
 
