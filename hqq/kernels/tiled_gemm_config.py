@@ -134,7 +134,7 @@ def _in_shares(M: int, tiles: int, multiprocessors: int) -> GemmConfig:
 
 def _columns(tokens: int) -> int:
     """Return the fewest columns of a tile that hold `tokens` tokens, or the most there are."""
-    return min((size for size in _RINGS if size >= tokens), default=256)
+    return min((size for size in _RINGS if size >= tokens), default=max(_RINGS))
 
 
 def _with_tokens(tokens: int, blocks: int = 1, split: int = 0, resident: int = 1) -> GemmConfig:

@@ -11,7 +11,6 @@ from hqq.kernels.decode_mlp import silu_mul
 from hqq.kernels.decode_norm import add_norm
 from hqq.kernels.tiled_gemv import Norm
 from hqq.kernels.tiled_step import NORM_TOKENS, step_linear, takes
-from hqq.kernels.tiled_weight import TiledWeight
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Stream:
     def project(self, norm: Norm, projections: Projections) -> tuple[Tensor, ...]:
         """Return the products of the norm with each layer's weight."""
         weight = projections.weight
-        if weight is None or not self._norms(weight):
+        if weight is None or not self._brings_norm() or not takes(weight, self.hidden):
             return projections(self.normed(norm))
         return projections.split(step_linear(self.hidden, weight, projections.bias, norm=norm))
 
@@ -43,7 +42,7 @@ class Stream:
         weight = gate_up.weight
         if weight is None or not takes(weight, self.hidden, gated=True):
             return silu_mul(*self.project(norm, gate_up))
-        if not self._norms(weight):
+        if not self._brings_norm():
             return step_linear(self.normed(norm), weight, gate_up.bias, gated=True)
         return step_linear(self.hidden, weight, gate_up.bias, norm=norm, gated=True)
 
@@ -55,7 +54,6 @@ class Stream:
             return Stream(self.hidden, delta)
         return Stream(step_linear(x, weight, projection.bias, residual=self.hidden))
 
-    def _norms(self, weight: TiledWeight) -> bool:
-        """Whether the product with `weight` brings the norm along: it cannot add what is still to be added."""
-        few = len(self.hidden) <= NORM_TOKENS
-        return few and self.delta is None and takes(weight, self.hidden)
+    def _brings_norm(self) -> bool:
+        """Whether a product that is one kernel brings the norm along: it cannot add what is still to be added."""
+        return self.delta is None and len(self.hidden) <= NORM_TOKENS
